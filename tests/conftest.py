@@ -1,0 +1,20 @@
+"""Order of the tests: cheapest first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_TIERS = ("unit", "namespace", "lxd", "vm")
+
+
+def _tier(item: pytest.Item) -> int:
+    """Where the test's folder stands in _TIERS; the linters, outside of them, come first."""
+    folders = item.path.relative_to(Path(__file__).parent).parts
+    return _TIERS.index(folders[0]) + 1 if folders[0] in _TIERS else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts by tier; within one the order of the files stays."""
+    items.sort(key=_tier)
