@@ -1,0 +1,212 @@
+"""PID 1's control protocol, version 1: what both ends say. One JSON object per line each way over a
+unix stream socket; for how to call it see client.py, for how it is served control.py.
+
+Request  {"v": 1, "id": N, "op": "...", ...}
+Answer   {"id": N, "ok": true, ...}
+         {"id": N, "ok": false, "code": "ENOENT", "error": "cannot launch: why"}
+Event    {"id": N, "event": "...", "key": "...", ...}, N being the id of the `events` request
+
+Any number of requests may be in flight; answers come in the order in which they are ready.
+
+    launch    argv, and the fields of ProcessSpec; wait     -> key, pid, state, existing
+                                                               with wait also status, code at exit
+    wait      key: its next exit, the last one when ended   -> key, status, code
+    signal    key, signal (name)                            -> pid
+    stop      key: end it, do not respawn it                -> key, state, when it has ended
+    start     key: again, when it has ended                 -> key, pid, state
+    list      key (one of them), after (serial of the last) -> processes, more, supervisor
+    events                                                  -> and then events
+    cancel    request: the id of a wait or launch           -> (that one gets no answer)
+    shutdown  reason                                        -> at once, then the power-off
+"""
+
+from __future__ import annotations
+
+import os
+
+from agent.process_supervisor.lean import dumps, loads, signal_names
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+VERSION = 1
+SOCKET_NAME = "supervisor.sock"
+MAX_LINE = 65536
+"""Bytes in a line, line feed included."""
+
+SIGNALS = signal_names()
+STOP_STAGES = ("first", "normal", "last")
+DEFAULT_PATH = "/usr/bin:/usr/sbin:/bin:/sbin"
+"""Where argv[0] is looked up, and PATH of a process that was given none."""
+
+_NAME_MAX = 200
+_TIMEOUT_MAX = 3600.0
+
+
+class ProtocolError(Exception):
+    """A request that cannot be served: code is the name of an errno, str() one line."""
+
+    def __init__(self, code: str, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def socket_path(run_dir: str) -> str:
+    """Where PID 1 listens, below maitred.run_dir."""
+    return f"{run_dir}/{SOCKET_NAME}"
+
+
+def encode(message: Mapping[str, Any]) -> bytes:
+    """One line. Raises ProtocolError (E2BIG) when it is longer than MAX_LINE."""
+    line = (dumps(message) + "\n").encode()
+    if len(line) > MAX_LINE:
+        raise ProtocolError("E2BIG", f"message of {len(line)} bytes is longer than {MAX_LINE}")
+    return line
+
+
+def decode(line: bytes) -> dict[str, Any]:
+    """The object in one line. Raises ProtocolError (EINVAL) when there is none."""
+    try:
+        message = loads(line.decode())
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ProtocolError("EINVAL", f"cannot read the message: {error}") from None
+    if not isinstance(message, dict):
+        raise ProtocolError("EINVAL", "cannot read the message: not a JSON object")
+    return message
+
+
+class ProcessSpec:
+    """What to run and how; two specs are equal when every field is.
+
+    argv: argv[0] is a path with a slash, or is looked up in DEFAULT_PATH.
+    env: the environment, besides PATH when it has none.
+    name: unique name; "" for a process known by a made-up key.
+    respawn: start it again whenever it ends, until it was started more than 10 times in 30 s.
+    backoff: wait between starts, 0.5 s doubling to 30 s with jitter, instead of that limit.
+    console: stdio is /dev/console instead of nothing.
+    once: with a name, started once per boot; launching it again returns the first one.
+    stop_signal, stop_timeout (s), stop_stage: how and when it is stopped, SIGKILL after that.
+    """
+
+    __slots__ = (
+        "argv",
+        "backoff",
+        "console",
+        "env",
+        "name",
+        "once",
+        "respawn",
+        "stop_signal",
+        "stop_stage",
+        "stop_timeout",
+    )
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        name: str = "",
+        respawn: bool = False,
+        backoff: bool = False,
+        console: bool = False,
+        once: bool = False,
+        stop_signal: str = "SIGTERM",
+        stop_timeout: float = 10.0,
+        stop_stage: str = "normal",
+    ) -> None:
+        self.argv = list(argv)
+        self.env = dict(env or {})
+        self.name = name
+        self.respawn = respawn
+        self.backoff = backoff
+        self.console = console
+        self.once = once
+        self.stop_signal = stop_signal
+        self.stop_timeout = stop_timeout
+        self.stop_stage = stop_stage
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ProcessSpec) and other.to_wire() == self.to_wire()
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+    def to_wire(self) -> dict[str, Any]:
+        """The fields that are not their default, as they stand in a launch request."""
+        wire = {}
+        for field in self.__slots__:
+            value = getattr(self, field)
+            if value != _DEFAULTS.get(field):
+                wire[field] = value
+        return wire
+
+    @classmethod
+    def from_wire(cls, fields: Mapping[str, Any]) -> ProcessSpec:
+        """The spec in a launch request. Raises ProtocolError (EINVAL) for a bad field."""
+        for field, value in fields.items():
+            check = _CHECKS.get(field)
+            if check is None:
+                raise ProtocolError("EINVAL", f"there is no field {field!r}")
+            if not check(value):
+                raise ProtocolError("EINVAL", f"bad {field}: {dumps(value)[:200]}")
+        if "argv" not in fields:
+            raise ProtocolError("EINVAL", "argv is missing")
+        spec = cls(**fields)
+        if spec.once and not spec.name:
+            raise ProtocolError("EINVAL", "once needs a name")
+        if spec.backoff and not spec.respawn:
+            raise ProtocolError("EINVAL", "backoff needs respawn")
+        return spec
+
+
+_DEFAULTS: dict[str, Any] = {
+    field: getattr(ProcessSpec([""]), field) for field in ProcessSpec.__slots__ if field != "argv"
+}
+
+
+def _is_text(value: object) -> bool:
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_argv(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value)) and bool(value and value[0])
+
+
+def _is_env(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        key and "=" not in key and _is_text(key) and _is_text(text) for key, text in value.items()
+    )
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _NAME_MAX and value.isprintable()
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_timeout(value: object) -> bool:
+    return type(value) in {int, float} and 0 <= value <= _TIMEOUT_MAX  # type: ignore[operator]
+
+
+_CHECKS = {
+    "argv": _is_argv,
+    "backoff": _is_flag,
+    "console": _is_flag,
+    "env": _is_env,
+    "name": _is_name,
+    "once": _is_flag,
+    "respawn": _is_flag,
+    "stop_signal": SIGNALS.__contains__,
+    "stop_stage": STOP_STAGES.__contains__,
+    "stop_timeout": _is_timeout,
+}
