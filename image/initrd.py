@@ -39,7 +39,7 @@ def write(target: Path, *, now: Iterable[Path], later: Iterable[Path], work: Pat
 
 
 def cpio(members: Iterable[tuple[str, int, bytes]]) -> bytes:
-    """Packs files in the newc format of cpio(5), owned by root, of the year 1970.
+    """Packs files in the newc archive format, owned by root, of the year 1970.
 
     members: name, mode and content of each file.
     """
