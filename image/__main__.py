@@ -12,13 +12,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from image import guest, initrd, vsock_device
+from image import container, guest, initrd, simplestreams, vsock_device
 from image.apt import Apt, Mirrors
 from image.build import (
     ROOT,
     BuildError,
     Cache,
     digest,
+    give_back,
     locked,
     package_list,
     publish,
@@ -191,8 +192,39 @@ def _together(*jobs: Callable[[], None]) -> None:
 
 def build_containers(cache: Cache) -> None:
     """Writes the simplestreams tree of the container images."""
-    del cache
-    raise BuildError("it is not there yet")
+    output = ROOT / "build/container-image"
+    with locked(ROOT / "build/.container-image.lock"):
+        common = [HERE / "container.py", HERE / "apt.py"]
+        key = digest(*package_list(container.PACKAGES), _files("debian"), *common)
+        debian = cache.layer("debian", key, _timed("Debian container", container.debian))
+        key = digest(container.BUSYBOX, _files("busybox"), *common)
+        busybox = cache.layer("busybox", key, _timed("busybox container", container.busybox))
+        key = digest(debian.name, busybox.name, HERE / "simplestreams.py", Path(__file__))
+        marker = output / ".inputs"
+        if marker.exists() and marker.read_text() == key:
+            return
+        products = [
+            simplestreams.Product(
+                os="debian",
+                release="bookworm",
+                # Hosts in the field ask for debian/bullseye.
+                aliases=["debian/bookworm", "debian/bullseye", "debian"],
+                rootfs=debian,
+            ),
+            simplestreams.Product(os="busybox", release="1", aliases=["busybox"], rootfs=busybox),
+        ]
+        with stage("simplestreams tree"), working_folder(ROOT / "build") as work:
+            simplestreams.write_tree(work / "tree", products)
+            write_text(work / "tree/.inputs", key)
+            if output.exists():
+                output.rename(work / "old")
+            (work / "tree").rename(output)
+            for path in [output, *output.rglob("*")]:
+                give_back(path)
+
+
+def _files(name: str) -> str:
+    return tree_digest(container.FILES, (container.FILES / name).rglob("*"))
 
 
 if __name__ == "__main__":

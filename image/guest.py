@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from image.apt import Mirrors, bootstrap
-from image.build import ROOT, BuildError, package_list, remove, run
+from image.build import ROOT, BuildError, lay_over, package_list, remove, run
 from image.kernel import BACKGROUND_MODULES, Kernel
 
 PACKAGES = Path(__file__).with_name("packages-guest.txt")
@@ -98,14 +98,7 @@ def base_layer(target: Path, work: Path, *, debian: Path, wheels: Path, kernel: 
 def _settle(root: Path) -> None:
     for name in _DIRECTORIES:
         (root / name).mkdir(parents=True, exist_ok=True)
-    for path in sorted(OVERLAY.rglob("*")):
-        place = root / path.relative_to(OVERLAY)
-        if path.is_dir():
-            place.mkdir(exist_ok=True)
-        else:
-            place.unlink(missing_ok=True)
-            shutil.copyfile(path, place)
-            place.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+    lay_over(OVERLAY, root)
     (root / "etc/resolv.conf").unlink(missing_ok=True)
     (root / "etc/resolv.conf").symlink_to("/run/resolv.conf")
     (root / "etc/maitred/modules").write_text("".join(f"{n}\n" for n in BACKGROUND_MODULES))
