@@ -1,0 +1,138 @@
+"""Runs a command in the guest or in a container and brings back its output. LaunchProcess answers
+with an exit code only, so the output takes the way over the serial console, encoded and numbered:
+other programs and the kernel write there too.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import re
+import secrets
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent.pb import vm_guest_pb2
+from host.errors import HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from host.vm import Vm
+
+CALL_SECONDS = 20.0
+"""The contract's deadline of Maitred's calls."""
+
+LXC_ENVIRONMENT = {
+    "LXD_DIR": "/mnt/stateful/lxd",
+    "LXD_CONF": "/mnt/stateful/lxd_conf",
+    "LXD_UNPRIVILEGED_ONLY": "true",
+}
+
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Exit code, and stdout and stderr in one."""
+
+    code: int
+    output: str
+
+
+class _GarbledError(Exception):
+    pass
+
+
+def _script(argv: Sequence[str], mark: str) -> str:
+    """A shell script that runs a command once and prints its output between marks.
+
+    Lines on the console: `MARK:n:base64` for n = 0, 1, …, then `MARK:end:lines:code:sha256`.
+    """
+    file = f"/run/{mark}"
+    print_it = (
+        f"base64 -w 60 {file} | {{ n=0; while read -r line; do "
+        f"printf '\\n{mark}:%d:%s:\\n' $n \"$line\"; n=$((n + 1)); done; "
+        f"sum=$(sha256sum <{file}); "
+        f'printf \'\\n{mark}:end:%d:%d:%s:\\n\' $n "$(cat {file}.code)" "${{sum%% *}}"; }}'
+    )
+    return (
+        f"test -e {file}.code || "
+        f"{{ {shlex.join(argv)} </dev/null >{file} 2>&1; echo $? >{file}.code; }}\n{print_it}\n"
+    )
+
+
+def parse(text: str, mark: str) -> Finished:
+    """What a script printed, from the console's text after the last `end` of it.
+
+    Raises _GarbledError when a line is missing or damaged.
+    """
+    ends = re.findall(rf"{mark}:end:(\d+):(\d+):([0-9a-f]{{64}}):", text)
+    if not ends:
+        raise _GarbledError
+    lines, code, digest = ends[-1]
+    pieces = dict(re.findall(rf"{mark}:(\d+):([A-Za-z0-9+/=]*):", text))
+    try:
+        data = b"".join(
+            base64.b64decode(pieces[str(number)], validate=True) for number in range(int(lines))
+        )
+    except (KeyError, binascii.Error):
+        raise _GarbledError from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise _GarbledError
+    return Finished(int(code), data.decode(errors="replace"))
+
+
+async def run_in_guest(
+    vm: Vm, argv: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 60.0
+) -> Finished:
+    """Runs a command in the VM as root.
+
+    env: added to the agent's own; timeout: seconds.
+    Raises HostError when it cannot be launched or takes too long, VmDiedError.
+    """
+    mark = f"out-{secrets.token_hex(8)}"
+    what = f"run {argv[0]} in the VM"
+    for _ in range(_TRIES):
+        start = len(vm.console.text)
+        launched = await vm.alive(
+            vm.maitred.LaunchProcess(
+                vm_guest_pb2.LaunchProcessRequest(
+                    argv=["/bin/sh", "-c", _script(argv, mark)], env=env, use_console=True
+                ),
+                timeout=CALL_SECONDS,
+            ),
+            timeout=CALL_SECONDS,
+            what=what,
+        )
+        if launched.status != vm_guest_pb2.LAUNCHED:
+            raise HostError(f"cannot {what}: the shell was not launched")
+        # An end that other lines have damaged would be waited for in vain: any trace of one counts.
+        await vm.alive(
+            vm.console.wait_for(rf"{mark}:end:.*\n", start=start), timeout=timeout, what=what
+        )
+        try:
+            return parse(vm.console.text[start:], mark)
+        except _GarbledError:
+            continue  # the output is kept in a file there: print it again
+    raise HostError(f"cannot {what}: its output was garbled on the console {_TRIES} times")
+
+
+async def run_in_container(
+    vm: Vm, container: str, argv: Sequence[str], *, user: str = "root", timeout: float = 60.0
+) -> Finished:
+    """Runs a command in a container.
+
+    user: who runs it, with that user's groups.
+    Raises HostError, VmDiedError.
+    """
+    if user != "root":
+        argv = ["su", "-s", "/bin/sh", user, "-c", shlex.join(argv)]
+    return await run_in_guest(
+        vm,
+        ["/usr/bin/lxc", "exec", container, "--", *argv],
+        env=LXC_ENVIRONMENT,
+        timeout=timeout,
+    )
