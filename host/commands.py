@@ -42,21 +42,24 @@ class Finished:
     output: str
 
 
-class _GarbledError(Exception):
-    pass
+class GarbledError(Exception):
+    """Some of the output was damaged on its way."""
 
 
-def _script(argv: Sequence[str], mark: str) -> str:
+def script(argv: Sequence[str], mark: str, *, directory: str = "/run") -> str:
     """A shell script that runs a command once and prints its output between marks.
 
-    Lines on the console: `MARK:n:base64` for n = 0, 1, …, then `MARK:end:lines:code:sha256`.
+    Lines on the console: `MARK:n:base64:` for n = 0, 1, …, then `MARK:end:lines:code:sha256:`.
+    directory: where the output is kept, so that a second run prints it again.
     """
-    file = f"/run/{mark}"
+    file = f"{directory}/{mark}"
+    # The end comes twice: it is what is waited for, and another's line may hit it as well.
     print_it = (
         f"base64 -w 60 {file} | {{ n=0; while read -r line; do "
         f"printf '\\n{mark}:%d:%s:\\n' $n \"$line\"; n=$((n + 1)); done; "
-        f"sum=$(sha256sum <{file}); "
-        f'printf \'\\n{mark}:end:%d:%d:%s:\\n\' $n "$(cat {file}.code)" "${{sum%% *}}"; }}'
+        f"sum=$(cat {file} {file}.code | sha256sum); code=$(cat {file}.code); "
+        f"for _ in 1 2; do "
+        f"printf '\\n{mark}:end:%d:%d:%s:\\n' $n $code \"${{sum%% *}}\"; done; }}"
     )
     return (
         f"test -e {file}.code || "
@@ -67,11 +70,11 @@ def _script(argv: Sequence[str], mark: str) -> str:
 def parse(text: str, mark: str) -> Finished:
     """What a script printed, from the console's text after the last `end` of it.
 
-    Raises _GarbledError when a line is missing or damaged.
+    Raises GarbledError when a line is missing or damaged.
     """
     ends = re.findall(rf"{mark}:end:(\d+):(\d+):([0-9a-f]{{64}}):", text)
     if not ends:
-        raise _GarbledError
+        raise GarbledError
     lines, code, digest = ends[-1]
     pieces = dict(re.findall(rf"{mark}:(\d+):([A-Za-z0-9+/=]*):", text))
     try:
@@ -79,9 +82,9 @@ def parse(text: str, mark: str) -> Finished:
             base64.b64decode(pieces[str(number)], validate=True) for number in range(int(lines))
         )
     except (KeyError, binascii.Error):
-        raise _GarbledError from None
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise _GarbledError
+        raise GarbledError from None
+    if hashlib.sha256(data + f"{code}\n".encode()).hexdigest() != digest:
+        raise GarbledError
     return Finished(int(code), data.decode(errors="replace"))
 
 
@@ -100,7 +103,7 @@ async def run_in_guest(
         launched = await vm.alive(
             vm.maitred.LaunchProcess(
                 vm_guest_pb2.LaunchProcessRequest(
-                    argv=["/bin/sh", "-c", _script(argv, mark)], env=env, use_console=True
+                    argv=["/bin/sh", "-c", script(argv, mark)], env=env, use_console=True
                 ),
                 timeout=CALL_SECONDS,
             ),
@@ -115,7 +118,7 @@ async def run_in_guest(
         )
         try:
             return parse(vm.console.text[start:], mark)
-        except _GarbledError:
+        except GarbledError:
             continue  # the output is kept in a file there: print it again
     raise HostError(f"cannot {what}: its output was garbled on the console {_TRIES} times")
 

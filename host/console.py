@@ -45,8 +45,14 @@ class Console:
         return self._lines + _plain(self._unfinished)
 
     def last_lines(self, count: int = 5) -> list[str]:
-        """The last lines that are not blank."""
-        return [line for line in self.text.splitlines() if line.strip()][-count:]
+        """The last lines that are not blank; after a panic, those up to the line that says so, as
+        what follows is registers and stack.
+        """
+        lines = [line for line in self.text.splitlines() if line.strip()]
+        if self.panicked.is_set():
+            at = max((n for n, line in enumerate(lines) if _PANIC in line), default=len(lines))
+            lines = lines[: at + 1]
+        return lines[-count:]
 
     def watch(self, watcher: Callable[[bytes], None]) -> Callable[[], None]:
         """Calls watcher(data) with whatever comes from now on; returns what ends that."""
@@ -71,7 +77,7 @@ class Console:
         self._writer = writer
         try:
             while data := await reader.read(_CHUNK):
-                await self._take(data)
+                await self.take(data)
         except ConnectionError:
             pass
         finally:
@@ -79,7 +85,8 @@ class Console:
                 self._writer = None
             writer.close()
 
-    async def _take(self, data: bytes) -> None:
+    async def take(self, data: bytes) -> None:
+        """Takes a piece of what the VM writes."""
         self._log.write(data)
         for watcher in tuple(self._watchers):
             watcher(data)

@@ -51,6 +51,10 @@ class DataDisk:
             raise HostError(
                 f"cannot use data disk {self.path}: another VM is running on it"
             ) from None
+        except FileExistsError:  # what mkdir(2) says of a file in the way
+            raise HostError(
+                f"cannot use data disk {self.path}: {self.path.parent} is not a directory"
+            ) from None
         except OSError as error:
             raise HostError(f"cannot use data disk {self.path}: {error.strerror}") from None
         return self
