@@ -50,9 +50,7 @@ def test_wipe(tmp_path: Path) -> None:
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     """The error names the disk and the reason."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        HostError, match=r"cannot use data disk .*/file/data.img: .*file is not a directory"
-    ):
+    with pytest.raises(HostError, match="file is not a directory"):
         disks.DataDisk(tmp_path / "file" / "data.img").open()
 
 
