@@ -55,6 +55,12 @@ MAITRED = (
         "yes",
         "set up the machine (mounts, sysctls, console, power-off); no: leave it alone",
     ),
+    Option(
+        "maitred.command",
+        parse_path,
+        None,
+        "program that PID 1 runs in maitred's place, given the options as arguments",
+    ),
     Option("maitred.no_startup_processes", parse_flag, "no", "do not launch the startup files"),
     Option("maitred.startup_dir", parse_path, "/etc/maitred", "the startup files, *.textproto"),
     Option("maitred.interface", _interface, "eth0", "the interface ConfigureNetwork sets up"),

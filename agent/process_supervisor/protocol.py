@@ -150,7 +150,8 @@ class ProcessSpec:
             if check is None:
                 raise ProtocolError("EINVAL", f"there is no field {field!r}")
             if not check(value):
-                raise ProtocolError("EINVAL", f"bad {field}: {dumps(value)[:200]}")
+                shown = f": {value!r:.200}" if isinstance(value, str | int | float) else ""
+                raise ProtocolError("EINVAL", f"{field} is not valid{shown}")
         if "argv" not in fields:
             raise ProtocolError("EINVAL", "argv is missing")
         spec = cls(**fields)
@@ -194,6 +195,10 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_signal(value: object) -> bool:
+    return isinstance(value, str) and value in SIGNALS
+
+
 def _is_timeout(value: object) -> bool:
     return type(value) in {int, float} and 0 <= value <= _TIMEOUT_MAX  # type: ignore[operator]
 
@@ -206,7 +211,7 @@ _CHECKS = {
     "name": _is_name,
     "once": _is_flag,
     "respawn": _is_flag,
-    "stop_signal": SIGNALS.__contains__,
+    "stop_signal": _is_signal,
     "stop_stage": STOP_STAGES.__contains__,
     "stop_timeout": _is_timeout,
 }

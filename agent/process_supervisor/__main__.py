@@ -1,0 +1,127 @@
+"""PID 1 of the VM, or of a PID namespace on a development machine: `/sbin/init`, or
+`python -m agent.process_supervisor OPTION=VALUE...`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from agent.console import write_line
+from agent.option_table import ALL
+from agent.options import OptionError, from_kernel_command_line, parse, usage
+from agent.process_supervisor.spawn import Stdio
+from agent.process_supervisor.supervisor import Supervisor, interpreter
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.options import Options
+
+_SUMMARY = """\
+PID 1: starts maitred and whatever it asks for, reaps, respawns and shuts down. As PID 1 of a
+machine it reads the kernel command line too. With maitred.setup=no it leaves the machine alone and
+shuts down by ending its descendants and itself."""
+
+
+def main(words: list[str]) -> int:
+    """Runs PID 1; the exit code, when there is no machine to power off.
+
+    words: the arguments.
+    """
+    if {"--help", "-h"} & set(words):
+        print(usage("python -m agent.process_supervisor", _SUMMARY, ALL))  # noqa: T201
+        return 0
+    try:
+        options = parse(words, ALL)
+    except OptionError as error:
+        write_line("init", str(error))
+        return 2
+    return _run_machine(words) if options["maitred.setup"] else _run_guest_of_machine(options)
+
+
+def _run_machine(words: list[str]) -> int:
+    """As the PID 1 of a VM: sets it up, and powers it off in the end."""
+    from agent.process_supervisor import machine
+
+    if os.getpid() == 1:
+        os.chdir("/")
+    if not machine.is_own_machine():
+        write_line("init", "cannot set the machine up: not its PID 1; use maitred.setup=no")
+        return 2
+    machine.open_console()
+    machine.mount_kernel_filesystems()
+    options = _machine_options(words)
+    machine.make_writable()
+    machine.share_mounts()
+    machine.set_limits()
+    machine.set_hostname()
+
+    def finish(killed: list[str]) -> None:
+        from agent.process_supervisor.power_off import power_off
+
+        power_off(killed)
+
+    supervisor = Supervisor(
+        run_dir=options["maitred.run_dir"],
+        stdio=Stdio(machine.CONSOLE),
+        descendants_only=False,
+        finish=finish,
+    )
+    machine.step("open the control socket", supervisor.listen)
+    supervisor.launch_maitred(_maitred_argv(options))
+
+    def afterwards() -> None:
+        machine.apply_settings()
+        if modules := machine.modules():
+            supervisor.launch_once(["/sbin/modprobe", "-a", *modules], name="modprobe")
+
+    # From the loop, so that maitred's start is not waited for and a fault in here is contained.
+    supervisor.loop.call_later(0, afterwards)
+    supervisor.run()
+    return 0
+
+
+def _machine_options(words: list[str]) -> Options:
+    try:
+        with open("/proc/cmdline", encoding="utf-8", errors="surrogateescape") as file:
+            words = from_kernel_command_line(file.read()) + words
+    except OSError as error:
+        write_line("init", f"cannot read the kernel command line: {error.strerror}")
+    return parse(words, ALL, on_error=lambda error: write_line("init", str(error)))
+
+
+def _run_guest_of_machine(options: Options) -> int:
+    """Without touching the machine, in a PID namespace or as a subreaper."""
+    if os.getpid() != 1:
+        import prctl
+
+        prctl.set_child_subreaper(1)
+
+    def finish(killed: list[str]) -> None:
+        from agent.process_supervisor.shutdown import summary
+
+        write_line("init", f"exit: {summary(killed, [])}")
+
+    supervisor = Supervisor(
+        run_dir=options["maitred.run_dir"],
+        stdio=Stdio(None),
+        descendants_only=True,
+        finish=finish,
+    )
+    try:
+        supervisor.listen()
+    except OSError as error:
+        write_line("init", f"cannot listen on {error.filename}: {error.strerror}")
+        return 1
+    supervisor.launch_maitred(_maitred_argv(options))
+    supervisor.run()
+    return 0
+
+
+def _maitred_argv(options: Options) -> list[str]:
+    command = options["maitred.command"]
+    return [*([command] if command else interpreter("agent.maitred")), *options.words()]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,375 @@
+"""The control socket: serves protocol.py to any number of clients. Whatever a client sends, or does
+not send or read, it never blocks and its memory is bounded.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+
+from agent.console import write_line
+from agent.process_supervisor.lean import dumps, socket
+from agent.process_supervisor.loop import BROKEN, READABLE, WRITABLE, report
+from agent.process_supervisor.protocol import (
+    MAX_LINE,
+    SIGNALS,
+    VERSION,
+    ProcessSpec,
+    ProtocolError,
+    decode,
+    encode,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from agent.process_supervisor.loop import Loop
+    from agent.process_supervisor.table import Process, Table
+
+_PAUSE_AT = 256 * 1024
+"""Bytes waiting for a client to read them, from which on its requests are left alone."""
+
+_DROP_AT = 1024 * 1024
+"""Bytes from which on a client that follows events but does not read them is dropped."""
+
+_MAX_PENDING = 16384
+"""Waits that one client can have open."""
+
+_MAX_FOLLOWING = 8
+"""`events` requests that one client can have open."""
+
+_PAGE = 32 * 1024
+"""Bytes of rows in one answer to `list`, about."""
+
+_ACCEPT_PAUSE = 0.5
+"""Seconds until accepting is tried again when there was no descriptor or memory left for it."""
+
+
+def listen(path: str) -> socket.socket:
+    """A listening socket at path that only its owner can connect to; replaces a stale one.
+
+    Raises OSError, EADDRINUSE when somebody listens there.
+    """
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        probe.connect(path)
+        raise OSError(errno.EADDRINUSE, "another supervisor listens there", path)
+    except (FileNotFoundError, ConnectionRefusedError):
+        pass
+    finally:
+        probe.close()
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass
+    server = socket.socket(
+        socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+    )
+    mask = os.umask(0o177)
+    try:
+        server.bind(path)
+    finally:
+        os.umask(mask)
+    server.listen(1024)
+    return server
+
+
+class Control:
+    """The server and its clients.
+
+    describe: what `list` says of PID 1 itself. shut_down: begins the shutdown, for a reason.
+    """
+
+    def __init__(
+        self,
+        *,
+        loop: Loop,
+        table: Table,
+        server: socket.socket,
+        describe: Callable[[], dict[str, Any]],
+        shut_down: Callable[[str], None],
+    ) -> None:
+        self.loop = loop
+        self.table = table
+        self.describe = describe
+        self.shut_down = shut_down
+        self.clients: set[Connection] = set()
+        self._server = server
+        loop.watch(server.fileno(), READABLE, lambda _mask: self._accept())
+
+    def _accept(self) -> None:
+        try:
+            fd, _address = self._server._accept()  # type: ignore[attr-defined]  # C half
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError as error:
+            # No descriptor or no memory: the queue stays readable, so look away for a while.
+            write_line("init", f"cannot accept a control connection: {error.strerror}")
+            server = self._server.fileno()
+            self.loop.change(server, 0)
+            self.loop.call_later(_ACCEPT_PAUSE, lambda: self.loop.change(server, READABLE))
+            return
+        connection = socket.socket(fileno=fd)
+        connection.setblocking(False)
+        pid, uid, _gid = struct.unpack(
+            "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )
+        if uid not in {0, os.geteuid()}:
+            connection.close()
+            return
+        self.clients.add(Connection(self, connection, pid))
+
+    def emit(self, event: str, key: str, fields: dict[str, Any]) -> None:
+        """Tells every client that follows events."""
+        for client in list(self.clients):
+            for number in client.following:
+                client.say({"id": number, "event": event, "key": key, **fields})
+
+
+class Connection:
+    """One client."""
+
+    def __init__(self, control: Control, connection: socket.socket, pid: int) -> None:
+        self._control = control
+        self._socket = connection
+        self._fd = connection.fileno()
+        self._pid = pid
+        self._input = bytearray()
+        self._output = bytearray()
+        self._mask = READABLE
+        self._waiting: dict[int, Process] = {}
+        self.following: list[int] = []
+        control.loop.watch(self._fd, READABLE, self._ready)
+
+    def close(self) -> None:
+        """Forgets the client, and what it waited for."""
+        if self not in self._control.clients:
+            return
+        self._control.clients.discard(self)
+        for number, process in self._waiting.items():
+            self._control.table.forget_waiter(process, (self, number))
+        self._waiting.clear()
+        self._control.loop.forget(self._fd)
+        self._socket.close()
+
+    def _ready(self, mask: int) -> None:
+        try:
+            if mask & WRITABLE:
+                self._flush()
+            if mask & READABLE:
+                self._receive()
+            elif mask & BROKEN:
+                self.close()
+            self._serve()
+        except OSError:
+            self.close()
+        except Exception as error:  # noqa: BLE001  # one client's trouble is nobody else's
+            report(error, "serve a control client")
+            self.close()
+
+    def _receive(self) -> None:
+        try:
+            data = self._socket.recv(MAX_LINE)
+        except BlockingIOError:
+            return
+        if not data:
+            self.close()
+        self._input += data
+
+    def _serve(self) -> None:
+        """Answers the requests that are there, while the client reads its answers."""
+        start = 0
+        while len(self._output) < _PAUSE_AT and self in self._control.clients:
+            end = self._input.find(b"\n", start)
+            if (end if end >= 0 else len(self._input)) - start >= MAX_LINE:
+                self.say(_refusal(None, "E2BIG", f"cannot read a line over {MAX_LINE} bytes"))
+                self.close()
+                return
+            if end < 0:
+                break
+            self._answer(bytes(self._input[start:end]))
+            start = end + 1
+        del self._input[:start]
+        self._update_mask()
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Sends a message, or keeps it until the client reads; drops a client that never does."""
+        if self not in self._control.clients:
+            return
+        idle = not self._output
+        self._output += encode(message)
+        if idle:
+            try:
+                self._flush()
+            except OSError:
+                self.close()
+                return
+        if len(self._output) > _DROP_AT:
+            write_line("init", f"dropped a control client (pid {self._pid}) that does not read")
+            self.close()
+            return
+        self._update_mask()
+
+    def _flush(self) -> None:
+        try:
+            while self._output:
+                del self._output[: self._socket.send(self._output)]
+        except BlockingIOError:
+            pass
+
+    def _update_mask(self) -> None:
+        if self not in self._control.clients:
+            return
+        mask = (READABLE if len(self._output) < _PAUSE_AT else 0) | (
+            WRITABLE if self._output else 0
+        )
+        if mask != self._mask:
+            self._control.loop.change(self._fd, mask)
+            self._mask = mask
+
+    # ---- requests ----------------------------------------------------------------------------
+
+    def _answer(self, line: bytes) -> None:
+        number = None
+        try:
+            request = decode(line)
+            number = request.pop("id", None)
+            if type(number) is not int:
+                raise ProtocolError("EINVAL", "cannot answer a request without a number as id")
+            if request.pop("v", None) != VERSION:
+                raise ProtocolError("EPROTO", f"cannot answer: this is version {VERSION}")
+            op = request.pop("op", None)
+            operation = _OPERATIONS.get(op) if isinstance(op, str) else None
+            if operation is None:
+                raise ProtocolError("ENOSYS", "cannot answer: there is no such op")
+            if process := self._control.table.by_pid(self._pid):
+                process.spoke = True
+            operation(self, number, request)
+        except ProtocolError as error:
+            self.say(_refusal(number, error.code, str(error)))
+
+    def _accepted(self, number: int, **fields: Any) -> None:
+        self.say({"id": number, "ok": True, **fields})
+
+    def _expect(self, number: int) -> None:
+        if len(self._waiting) >= _MAX_PENDING:
+            raise ProtocolError("EAGAIN", "cannot wait: too many waits on this connection")
+        if number in self._waiting:
+            raise ProtocolError("EINVAL", "cannot wait: that id is in use")
+
+    def _launch(self, number: int, request: dict[str, Any]) -> None:
+        wait = request.pop("wait", False)
+        self._expect(number)
+        try:
+            spec = ProcessSpec.from_wire(request)
+        except ProtocolError as error:
+            raise ProtocolError(error.code, f"cannot launch: {error}") from None
+        process, existing = self._control.table.launch(spec)
+        pid = process.pid
+        if wait is True:
+            self._wait_for(number, process, pid=pid, existing=existing)
+        else:
+            self._accepted(number, key=process.key, pid=pid, state=process.state, existing=existing)
+
+    def _wait(self, number: int, request: dict[str, Any]) -> None:
+        self._expect(number)
+        process = self._control.table.get(_text(request, "key", "wait"), "wait for")
+        self._wait_for(number, process)
+
+    def _wait_for(self, number: int, process: Process, **fields: Any) -> None:
+        def done() -> None:
+            self._waiting.pop(number, None)
+            status, code = process.last_exit or ("unknown", 0)
+            self._accepted(
+                number, key=process.key, state=process.state, status=status, code=code, **fields
+            )
+
+        self._waiting[number] = process
+        self._control.table.wait(process.key, (self, number), done)
+
+    def _stop(self, number: int, request: dict[str, Any]) -> None:
+        self._expect(number)
+        process = self._control.table.get(_text(request, "key", "stop"), "stop")
+
+        def done() -> None:
+            self._waiting.pop(number, None)
+            self._accepted(number, key=process.key, state=process.state)
+
+        self._waiting[number] = process
+        self._control.table.stop(process.key, (self, number), done)
+
+    def _cancel(self, number: int, request: dict[str, Any]) -> None:
+        target = request.get("request")
+        process = self._waiting.pop(target, None) if type(target) is int else None
+        if process:
+            self._control.table.forget_waiter(process, (self, target))
+        self._accepted(number)
+
+    def _start(self, number: int, request: dict[str, Any]) -> None:
+        process = self._control.table.start(_text(request, "key", "start"))
+        self._accepted(number, key=process.key, pid=process.pid, state=process.state)
+
+    def _signal(self, number: int, request: dict[str, Any]) -> None:
+        key, name = _text(request, "key", "signal"), _text(request, "signal", "signal")
+        if name not in SIGNALS:
+            raise ProtocolError("EINVAL", f"cannot signal {key}: there is no signal {name}")
+        self._accepted(number, pid=self._control.table.signal(key, name))
+
+    def _list(self, number: int, request: dict[str, Any]) -> None:
+        now = self._control.loop.now()
+        if "key" in request:
+            process = self._control.table.get(_text(request, "key", "list"), "list")
+            self._accepted(number, processes=[process.describe(now)], more=False)
+            return
+        after = request.get("after", 0)
+        if type(after) is not int:
+            raise ProtocolError("EINVAL", "cannot list: after is not a number")
+        rows: list[dict[str, Any]] = []
+        room, more = _PAGE, False
+        for process in self._control.table:
+            if process.serial > after:
+                row = process.describe(now)
+                room -= len(dumps(row))
+                if rows and room < 0:
+                    more = True
+                    break
+                rows.append(row)
+        self._accepted(number, processes=rows, more=more, supervisor=self._control.describe())
+
+    def _events(self, number: int, _request: dict[str, Any]) -> None:
+        if len(self.following) >= _MAX_FOLLOWING:
+            raise ProtocolError("EAGAIN", "cannot follow events: too many of them already")
+        self._accepted(number)
+        self.following.append(number)
+
+    def _shutdown(self, number: int, request: dict[str, Any]) -> None:
+        reason = _text(request, "reason", "shutdown") if "reason" in request else "requested"
+        self._accepted(number)
+        self._control.shut_down(" ".join(reason.split())[:200])
+
+
+_OPERATIONS = {
+    "cancel": Connection._cancel,
+    "events": Connection._events,
+    "launch": Connection._launch,
+    "list": Connection._list,
+    "shutdown": Connection._shutdown,
+    "signal": Connection._signal,
+    "start": Connection._start,
+    "stop": Connection._stop,
+    "wait": Connection._wait,
+}
+
+
+def _text(request: dict[str, Any], field: str, op: str) -> str:
+    value = request.get(field)
+    if not isinstance(value, str):
+        raise ProtocolError("EINVAL", f"cannot {op}: {field} is not a text")
+    return value
+
+
+def _refusal(number: int | None, code: str, text: str) -> dict[str, Any]:
+    return {"id": number, "ok": False, "code": code, "error": text[:1000]}
