@@ -81,6 +81,19 @@ def umount(target: str, flags: int = 0) -> None:
     _check(_libc.umount2(os.fsencode(target), ctypes.c_int(flags)), target)
 
 
+def ioctl(descriptor: int, request: int, argument: bytes) -> bytes:
+    """Has a device or file do something; see the manual page in section 2.
+
+    The result is the argument, a structure, as the kernel left it. Unlike in fcntl.ioctl(), other
+    threads run meanwhile however large it is. Raises OSError.
+    """
+    buffer = ctypes.create_string_buffer(argument, len(argument))
+    result = _libc.ioctl(ctypes.c_int(descriptor), ctypes.c_ulong(request), buffer)
+    if result < 0:
+        _check(result)
+    return buffer.raw
+
+
 def sethostname(name: str) -> None:
     """Sets the host name of this UTS namespace. Raises OSError."""
     encoded = os.fsencode(name)

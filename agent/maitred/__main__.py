@@ -1,0 +1,40 @@
+"""The program: listens, tells the host that the VM is ready, and serves until SIGTERM.
+
+    python -m agent.maitred maitred.listen=unix:/D/maitred.sock maitred.run_dir=/D/run
+
+Between exec and VmReady every import counts ten times, the guest being emulated: what is not
+needed for those two is imported later, where it is.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from agent.console import write_line
+from agent.option_table import ALL
+from agent.options import OptionError, parse, usage
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(words: Sequence[str]) -> int:
+    """The exit code: 0 after SIGTERM, 1 when it could not serve, 2 for a bad option."""
+    if "--help" in words or "-h" in words:
+        text = usage("python -m agent.maitred", "Serves Maitred, the guest's side of a VM.", ALL)
+        sys.stdout.write(text + "\n")
+        return 0
+    try:
+        options = parse(words, ALL)
+    except OptionError as error:
+        write_line("maitred", str(error))
+        return 2
+
+    from agent.maitred.daemon import run
+
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,147 @@
+"""The Maitred service: each method checks, delegates to the module of its subject, and maps what
+comes back. Subjects are imported when they are first needed, as each costs the start of the VM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from typing import cast
+
+import grpc.aio
+
+from agent.maitred.errors import BadRequest, CallError, Failed, NotNow
+from agent.maitred.unbroken import to_the_end
+from agent.pb import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc
+from agent.process_supervisor.client import SupervisorError, SupervisorGone
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from typing import Any, TypeVar
+
+    from agent.maitred.supervisor import Supervisor
+    from agent.maitred.termina import Termina
+    from agent.options import Options
+
+    RequestT = TypeVar("RequestT")
+    ResponseT = TypeVar("ResponseT")
+
+_log = logging.getLogger(__name__)
+
+_STATUS: dict[type[Exception], grpc.StatusCode] = {
+    BadRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    NotNow: grpc.StatusCode.FAILED_PRECONDITION,
+    Failed: grpc.StatusCode.INTERNAL,
+    SupervisorGone: grpc.StatusCode.UNAVAILABLE,
+    SupervisorError: grpc.StatusCode.INTERNAL,
+}
+
+
+def _of_aio(context: object) -> grpc.aio.ServicerContext[Any, Any]:
+    """The generated base class leaves open whose context it is; here it is asyncio's."""
+    return cast("grpc.aio.ServicerContext[Any, Any]", context)
+
+
+def _mapped(
+    method: Callable[[Any, RequestT, object], Awaitable[ResponseT]],
+) -> Callable[[Any, RequestT, object], Awaitable[ResponseT]]:
+    """Gives each error its status code, and the reason as details."""
+
+    @functools.wraps(method)
+    async def call(self: Any, request: RequestT, context: object) -> ResponseT:
+        try:
+            return await method(self, request, context)
+        except (CallError, SupervisorError) as error:
+            code, details = _STATUS.get(type(error), grpc.StatusCode.INTERNAL), str(error)
+            _log.warning("%s: %s", method.__name__, details)
+        except Exception as error:  # noqa: BLE001  # the boundary of the service: logged below
+            code = grpc.StatusCode.INTERNAL
+            details = f"cannot serve {method.__name__}: {type(error).__name__}: {error}"
+            _log.exception("cannot serve %s", method.__name__)
+        await _of_aio(context).abort(code, details)
+        raise AssertionError("abort() raises")
+
+    return call
+
+
+class Maitred(vm_guest_pb2_grpc.MaitredServicer):
+    """Served by grpc.aio; any number of calls at once."""
+
+    def __init__(self, options: Options, supervisor: Supervisor) -> None:
+        self._options = options
+        self._supervisor = supervisor
+        self._network_change = asyncio.Lock()
+        self._shutting_down: asyncio.Future[None] | None = None
+
+    @functools.cached_property
+    def _termina(self) -> Termina:
+        from agent.maitred.termina import Termina
+
+        return Termina(self._options, self._supervisor)
+
+    @_mapped
+    async def ConfigureNetwork(
+        self, request: vm_guest_pb2.NetworkConfigRequest, context: object
+    ) -> common_pb2.EmptyMessage:
+        from agent.maitred import ipv4, network, resolv_conf
+
+        config = ipv4.check_config(request.ipv4_config)
+        has_servers = request.HasField("resolv_config")
+        servers = resolv_conf.content(request.resolv_config) if has_servers else None
+        name = self._options["maitred.interface"]
+
+        async def change() -> None:
+            async with self._network_change:
+                await network.configure(
+                    name,
+                    config,
+                    resolv_conf_path=self._options["maitred.resolv_conf"],
+                    name_servers=servers,
+                )
+
+        await to_the_end(change())
+        _log.info("%s is %s", name, config)
+        return common_pb2.EmptyMessage()
+
+    @_mapped
+    async def Mount(
+        self, request: vm_guest_pb2.MountRequest, context: object
+    ) -> vm_guest_pb2.MountResponse:
+        from agent.maitred import mounts
+
+        return vm_guest_pb2.MountResponse(error=await to_the_end(mounts.mount(request)))
+
+    @_mapped
+    async def LaunchProcess(
+        self, request: vm_guest_pb2.LaunchProcessRequest, context: object
+    ) -> vm_guest_pb2.LaunchProcessResponse:
+        from agent.maitred import processes
+
+        processes.check_launch(request)
+        return await processes.launch(await self._supervisor.client(), request)
+
+    @_mapped
+    async def StartTermina(
+        self, request: vm_guest_pb2.StartTerminaRequest, context: object
+    ) -> vm_guest_pb2.StartTerminaResponse:
+        return await to_the_end(self._termina.start(request))
+
+    @_mapped
+    async def Shutdown(
+        self, request: common_pb2.EmptyMessage, context: object
+    ) -> common_pb2.EmptyMessage:
+        client = await self._supervisor.client()  # known to be there before yes is said
+
+        async def shut_down() -> None:
+            try:
+                await client.shutdown("the host asked for it")
+            except SupervisorError as error:
+                _log.error("cannot shut down: %s", error)
+
+        def answered(*_: object) -> None:
+            self._shutting_down = asyncio.ensure_future(shut_down())
+
+        _of_aio(context).add_done_callback(answered)  # type: ignore[arg-type]  # stubs are wrong
+        return common_pb2.EmptyMessage()

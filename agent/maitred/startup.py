@@ -1,0 +1,130 @@
+"""What maitred does by itself once per boot: tells the host that the VM is ready, and launches the
+startup files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+import grpc
+
+from agent.grpc_endpoint import HostChannel
+from agent.options import HOST_CID, Address, VsockAddress
+from agent.pb import common_pb2, vm_host_pb2_grpc
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from agent.maitred.supervisor import Supervisor
+    from agent.options import Options
+    from agent.pb import vm_guest_pb2
+
+_log = logging.getLogger(__name__)
+
+_MARKER = "vm-ready-sent"
+_RETRY_FIRST_SECONDS = 0.1
+_RETRY_MAX_SECONDS = 2.0
+
+
+def startup_listener(options: Options) -> Address | None:
+    """Where the host is told; None when nobody is to be told."""
+    address = options.host_address("maitred.startup_listener", listen="maitred.listen")
+    port = options["maitred.listen_port"]
+    if port is not None and (address is None or isinstance(address, VsockAddress)):
+        if address is None:
+            return None
+        return VsockAddress(port, HOST_CID if address.cid is None else address.cid)
+    return address
+
+
+async def tell_host(address: Address, *, run_dir: str) -> None:
+    """Calls VmReady, once per boot, until the host has answered.
+
+    The call has no deadline: hosts do everything they want done from inside of it.
+    """
+    marker = f"{run_dir}/{_MARKER}"
+    if os.path.exists(marker):
+        return
+    host = HostChannel(address, run_dir=run_dir, name="startup-listener")
+    async with host as channel:
+        stub = vm_host_pb2_grpc.StartupListenerStub(channel)
+        try:
+            await stub.VmReady(common_pb2.EmptyMessage())
+        except grpc.aio.AioRpcError as error:
+            _log.warning("the host at %s does not answer VmReady: %s", address, _reason(error))
+            await _tell_host_until_answered(stub)
+    os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    _log.info("the host knows that the VM is ready")
+
+
+async def _tell_host_until_answered(stub: vm_host_pb2_grpc.StartupListenerAsyncStub) -> None:
+    import tenacity
+
+    async for attempt in tenacity.AsyncRetrying(
+        retry=tenacity.retry_if_exception_type(grpc.aio.AioRpcError),
+        wait=tenacity.wait_random_exponential(_RETRY_FIRST_SECONDS, _RETRY_MAX_SECONDS),
+    ):
+        with attempt:
+            await stub.VmReady(common_pb2.EmptyMessage())
+
+
+def _reason(error: grpc.aio.AioRpcError) -> str:
+    return f"{error.code().name} {error.details() or ''}".strip()
+
+
+async def launch_startup_files(directory: str, supervisor: Supervisor) -> None:
+    """Launches the LaunchProcessRequest of each *.textproto in directory, in the order of names.
+
+    Each one is launched once per boot; one that waits for its exit holds up the next. A bad file is
+    logged and passed over.
+    """
+    from agent.maitred import processes
+    from agent.maitred.errors import CallError
+    from agent.process_supervisor.client import SupervisorError
+
+    for name, request in await asyncio.to_thread(lambda: list(_startup_files(directory))):
+        try:
+            client = await supervisor.client()
+            response = await processes.launch(client, request, name=f"startup:{name}", once=True)
+        except (CallError, SupervisorError) as error:
+            _log.error("startup file %s: %s", name, error)
+        else:
+            status = vm_guest_status(response.status)
+            _log.info("startup file %s: %s", name, status)
+
+
+def vm_guest_status(status: vm_guest_pb2.ProcessStatus.ValueType) -> str:
+    """The name of a process status, for a person."""
+    from agent.pb import vm_guest_pb2
+
+    return vm_guest_pb2.ProcessStatus.Name(status).lower()
+
+
+def _startup_files(
+    directory: str,
+) -> Iterator[tuple[str, vm_guest_pb2.LaunchProcessRequest]]:
+    try:
+        names = sorted(name for name in os.listdir(directory) if name.endswith(".textproto"))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _log.error("cannot read startup files: %s", error)
+        return
+    if not names:
+        return
+    from google.protobuf import text_format
+
+    from agent.pb import vm_guest_pb2
+
+    for name in names:
+        request = vm_guest_pb2.LaunchProcessRequest()
+        try:
+            with open(f"{directory}/{name}", encoding="utf-8") as file:
+                text_format.Parse(file.read(), request)
+        except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+            _log.error("startup file %s: cannot read it: %s", name, error)
+            continue
+        yield name, request

@@ -1,0 +1,113 @@
+"""StartTermina: the stateful disk, then what containers need, as processes of PID 1."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+
+from agent.maitred import ipv4, stateful_disk
+from agent.maitred.errors import BadRequest
+from agent.options import UnixAddress, VsockAddress
+from agent.pb import vm_guest_pb2
+from agent.process_supervisor.client import SupervisorError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.maitred.supervisor import Supervisor
+    from agent.options import Options
+
+_log = logging.getLogger(__name__)
+
+_DEFAULT_DEVICE = "/dev/vdb"
+_LXCFS = "/usr/bin/lxcfs"
+_LXCFS_DIR = "/var/lib/lxcfs"
+_TREMPLIN_STOP_SECONDS = 2.0
+
+Response = vm_guest_pb2.StartTerminaResponse
+
+
+class Termina:
+    """Brings up the containers' services; calling it again finds them up."""
+
+    def __init__(self, options: Options, supervisor: Supervisor) -> None:
+        self._options = options
+        self._supervisor = supervisor
+        self._one_at_a_time = asyncio.Lock()
+
+    async def start(
+        self, request: vm_guest_pb2.StartTerminaRequest
+    ) -> vm_guest_pb2.StartTerminaResponse:
+        """Every failure is in the result, with a reason that a person can act on."""
+        response = Response(status=Response.FAILED)
+        try:
+            subnet = ipv4.check_bridge_subnet(request.lxd_ipv4_subnet)
+            device = check_device(request.stateful_device)
+            tremplin = self._tremplin_options(str(subnet))
+            async with self._one_at_a_time:
+                await self._start(response, device=device, tremplin=tremplin)
+        except stateful_disk.DiskError as error:
+            if error.mount_failed:
+                response.mount_result = Response.MOUNT_FAILURE
+            response.failure_reason = str(error)
+        except (BadRequest, SupervisorError) as error:
+            response.failure_reason = str(error)
+        if response.failure_reason:
+            _log.error("cannot start Termina: %s", response.failure_reason)
+        return response
+
+    async def _start(
+        self, response: vm_guest_pb2.StartTerminaResponse, *, device: str, tremplin: list[str]
+    ) -> None:
+        directory = self._options["maitred.stateful_dir"]
+        lost_data = await stateful_disk.mount(device, directory)
+        response.mount_result = Response.PARTIAL_DATA_LOSS if lost_data else Response.MOUNT_SUCCESS
+        response.free_bytes = stateful_disk.free_bytes(directory)
+        _log.info(
+            "stateful disk %s at %s, %d MiB free", device, directory, response.free_bytes >> 20
+        )
+        client = await self._supervisor.client()
+        # tremplin takes longest to come up, and needs lxcfs only once a container starts.
+        await client.launch(
+            tremplin,
+            name="tremplin",
+            respawn=True,
+            backoff=True,
+            stop_signal="SIGPWR",
+            stop_timeout=_TREMPLIN_STOP_SECONDS,
+            stop_stage="first",
+        )
+        if os.access(_LXCFS, os.X_OK):
+            os.makedirs(_LXCFS_DIR, exist_ok=True)
+            await client.launch([_LXCFS, _LXCFS_DIR], name="lxcfs", respawn=True, backoff=True)
+        response.status = Response.SUCCESS
+
+    def _tremplin_options(self, subnet: str) -> list[str]:
+        given = self._options.given
+        words = [word for word in self._options.words() if word.startswith("tremplin.")]
+        if isinstance(self._options["maitred.listen"], UnixAddress) and isinstance(
+            self._options["tremplin.listen"], VsockAddress
+        ):
+            raise BadRequest(
+                "cannot start tremplin: maitred.listen is a unix socket, and tremplin.listen is "
+                "not given, so that it would open a vsock port; give both or neither"
+            )
+        if "tremplin.run_dir" not in given:
+            words.append(f"tremplin.run_dir={self._options['maitred.run_dir']}")
+        words.append(f"tremplin.lxd_subnet={subnet}")
+        return [
+            sys.executable,
+            *(["-I"] if sys.flags.isolated else []),
+            "-m",
+            "agent.tremplin",
+            *words,
+        ]
+
+
+def check_device(path: str) -> str:
+    """The stateful device of a request, which may leave it out. Raises BadRequest."""
+    device = path or _DEFAULT_DEVICE
+    if not device.startswith("/") or "\0" in device:
+        raise BadRequest(f"cannot use stateful_device {device!r}: not an absolute path")
+    return device
