@@ -1,0 +1,146 @@
+"""The real PID 1 and maitred in PID, mount and network namespaces of their own, and a host that
+listens for them: what a VM is, without the VM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+import grpc.aio
+
+from agent.pb import (
+    common_pb2,
+    vm_crash_pb2,
+    vm_crash_pb2_grpc,
+    vm_guest_pb2_grpc,
+    vm_host_pb2_grpc,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT = Path(__file__).resolve().parents[2]
+EMPTY = common_pb2.EmptyMessage()
+
+
+class Host(vm_host_pb2_grpc.StartupListenerServicer, vm_crash_pb2_grpc.CrashListenerServicer):
+    """The host's listeners, which put down what they are told."""
+
+    def __init__(self) -> None:
+        self.ready = 0
+        self.is_ready = asyncio.Event()
+        self.crashes: asyncio.Queue[str] = asyncio.Queue()
+
+    async def VmReady(self, request: common_pb2.EmptyMessage, context: object) -> Any:
+        """From the guest: maitred listens."""
+        self.ready += 1
+        self.is_ready.set()
+        return EMPTY
+
+    async def SendFailureReport(self, request: vm_crash_pb2.FailureReport, context: object) -> Any:
+        """From the guest: a process that is respawned has ended."""
+        await self.crashes.put(request.failed_process)
+        return EMPTY
+
+
+class Vm:
+    """`async with Vm(directory) as vm:`, ready when it is entered.
+
+    before: a shell script run in the namespaces before PID 1 starts; options: more of them.
+    """
+
+    def __init__(self, directory: Path, *, before: str = "", options: Sequence[str] = ()) -> None:
+        self.directory = directory
+        self.run_dir = directory / "run"
+        self.host = Host()
+        self._before = before
+        self._options = [
+            "maitred.setup=no",
+            f"maitred.listen=unix:{directory}/maitred.sock",
+            f"maitred.startup_listener=unix:{directory}/host.sock",
+            f"maitred.crash_listener=unix:{directory}/host.sock",
+            f"maitred.run_dir={self.run_dir}",
+            f"maitred.startup_dir={directory}/startup",
+            f"maitred.resolv_conf={directory}/resolv.conf",
+            f"maitred.stateful_dir={directory}/stateful",
+            f"maitred.shell_listen=unix:{directory}/shell.sock",
+            *options,
+        ]
+
+    async def __aenter__(self) -> Self:
+        self.server = grpc.aio.server()
+        vm_host_pb2_grpc.add_StartupListenerServicer_to_server(self.host, self.server)
+        vm_crash_pb2_grpc.add_CrashListenerServicer_to_server(self.host, self.server)
+        self.server.add_insecure_port(f"unix:{self.directory}/host.sock")
+        await self.server.start()
+        self.console = self.directory / "console"
+        script = f'{self._before}\nexec "$@"'
+        self.process = subprocess.Popen(  # noqa: ASYNC220  # forks once, before anything waits
+            [
+                *("unshare", "-m", "-n", "-p", "-f", "--mount-proc", "--kill-child"),
+                *("sh", "-e", "-c", script, "sh"),
+                *(sys.executable, "-m", "agent.process_supervisor", *self._options),
+            ],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stderr=self.console.open("wb"),
+        )
+        try:
+            async with asyncio.timeout(30):
+                await self.host.is_ready.wait()
+        except TimeoutError:
+            await self.__aexit__()
+            raise AssertionError(f"no VmReady: {self.console.read_text()}") from None
+        self.channel = grpc.aio.insecure_channel(
+            f"unix:{self.directory}/maitred.sock", options=[("grpc.use_local_subchannel_pool", 1)]
+        )
+        self.maitred = vm_guest_pb2_grpc.MaitredStub(self.channel)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if hasattr(self, "channel"):
+            await self.channel.close()
+        self.process.kill()
+        self.process.wait()
+        await self.server.stop(None)
+
+    @property
+    def init_pid(self) -> int:
+        """PID 1 of the namespaces, as seen from here."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return int(children.split()[0])
+
+    def processes(self) -> dict[int, list[str]]:
+        """The command lines of PID 1's children, by pid as seen from here."""
+        init = self.init_pid
+        children = Path(f"/proc/{init}/task/{init}/children").read_text().split()
+        return {
+            int(pid): Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1] for pid in children
+        }
+
+    def pid_of(self, word: str) -> int:
+        """The child of PID 1 that has this word in its command line."""
+        (pid,) = [pid for pid, argv in self.processes().items() if word in argv]
+        return pid
+
+    def kill(self, word: str) -> None:
+        """SIGKILL for the child of PID 1 that has this word in its command line."""
+        os.kill(self.pid_of(word), signal.SIGKILL)
+
+    def inside(self, *argv: str) -> str:
+        """The output of a program in the namespaces."""
+        enter = ("nsenter", "-t", str(self.init_pid), "-m", "-n", "-p")
+        done = subprocess.run([*enter, *argv], capture_output=True, text=True, check=True)
+        return done.stdout
+
+    def ip(self, *words: str) -> Any:
+        """What ip(8) says in the namespaces, as JSON."""
+        return json.loads(self.inside("ip", "-j", "-d", *words) or "[]")
