@@ -1,0 +1,110 @@
+"""VMs for tests: the built image, booted by the host's own launcher.
+
+An emulated boot now and then hangs in soft lock-ups (a bug of emulation, not of the guest): such a
+boot, and only such a one, is repeated once, and the summary at the end of the tests says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+from host.build_files import GuestImage
+from host.disks import DataDisk
+from host.errors import HostError, VmDiedError
+from host.flows import Flow, Host, Reached, Wanted, disks
+from host.image_server import ImageServer
+from host.qemu import Machine
+from host.status import GuestInfo, Status
+from host.vm import Vm
+
+BUSYBOX = "busybox"
+DEBIAN = "debian/bookworm"
+
+repeated: list[str] = []
+"""What was said of each repeated boot."""
+
+_BOOT_SECONDS = 60.0
+
+
+def _hung(vm: Vm) -> bool:
+    """Whether the guest's kernel is stuck, rather than something of ours."""
+    return any(sign in vm.boot_text for sign in ("soft lockup", "detected stalls")) or (
+        "initrd" not in vm.boot_text and "process_supervisor" not in vm.boot_text
+    )
+
+
+async def boot(vm: Vm) -> None:
+    """Boots a VM until VmReady, again when the emulated kernel hangs."""
+    await vm.boot()
+    try:
+        await vm.ready(timeout=_BOOT_SECONDS)
+    except VmDiedError:
+        raise
+    except HostError as error:
+        if not _hung(vm):
+            raise AssertionError(f"{error}; console: {vm.console.last_lines(20)}") from error
+        repeated.append(f"{error}; last line: {vm.console.last_lines(1)}")
+        await vm.kill()
+        await vm.boot()
+        await vm.ready(timeout=_BOOT_SECONDS)
+
+
+class TestVm:
+    """A VM with its disk, the newest status it was brought to, and its history."""
+
+    __test__ = False
+
+    def __init__(self, vm: Vm, flow: Flow, image_server: ImageServer) -> None:
+        self.vm = vm
+        self.flow = flow
+        self.image_server = image_server
+        self.history: list[GuestInfo] = []
+
+    def host(self, *, container: str = "penguin", alias: str = BUSYBOX, user: str = "tux") -> Host:
+        """A host for one container; its states are added to the history."""
+        status = Status(self.vm.cid)
+        status.observe(self.history.append)
+        wanted = Wanted(
+            container=container,
+            user=user,
+            image_server=self.image_server.guest_url,
+            image_alias=alias,
+        )
+        return Host(self.vm, self.flow, wanted, status)
+
+    async def bring_up(
+        self, *, container: str = "penguin", alias: str = BUSYBOX, user: str = "tux"
+    ) -> Reached:
+        """Boots, and goes through the whole flow."""
+        await boot(self.vm)
+        return await self.host(container=container, alias=alias, user=user).bring_up()
+
+
+@contextlib.asynccontextmanager
+async def new_vm(
+    image: GuestImage,
+    directory: Path,
+    image_server: ImageServer,
+    *,
+    flow: Flow = Flow.NEWER,
+    machine: Machine | None = None,
+) -> AsyncIterator[TestVm]:
+    """A VM that is not booted yet, with a blank data disk unless the directory has one."""
+    base = machine or Machine()
+    with DataDisk(directory / "data.img").open() as disk:
+        with_disks = Machine(
+            cpus=base.cpus,
+            memory=base.memory,
+            disks=disks(flow, data=disk.path, directory=directory),
+            words=base.words,
+            spare_slots=base.spare_slots,
+            usb=base.usb,
+            more=base.more,
+        )
+        async with Vm(image, with_disks, accelerator="auto") as vm:
+            try:
+                yield TestVm(vm, flow, image_server)
+            finally:
+                (directory / "console.log").write_text(vm.console.text)
