@@ -93,8 +93,9 @@ def has_btrfs_superblock(path: str) -> bool:
     """Whether any of the places for a btrfs superblock holds one. Raises OSError."""
     with open(path, "rb", buffering=0) as device:
         for offset in _BTRFS_SUPERBLOCKS:
-            device.seek(offset + _BTRFS_MAGIC_OFFSET)
-            if device.read(len(_BTRFS_MAGIC)) == _BTRFS_MAGIC:
+            # A block device refuses to seek past its end; reading there finds nothing.
+            magic = os.pread(device.fileno(), len(_BTRFS_MAGIC), offset + _BTRFS_MAGIC_OFFSET)
+            if magic == _BTRFS_MAGIC:
                 return True
     return False
 
