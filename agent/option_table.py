@@ -21,6 +21,16 @@ def _text(text: str) -> str:
     return text
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds < float("inf"):
+        raise OptionError(f"not a number of seconds: {text!r}")
+    return seconds
+
+
 def _interface(text: str) -> str:
     # dev_valid_name() of the kernel, IFNAMSIZ 16 with the NUL.
     if not 0 < len(text) < 16 or text in {".", ".."} or "/" in text or not text.isprintable():
@@ -95,7 +105,7 @@ TREMPLIN = (
     ),
     Option(
         "tremplin.download_timeout",
-        _text,
+        _seconds,
         "60",
         "seconds without a byte until a download is given up",
     ),

@@ -1,0 +1,1 @@
+"""The Tremplin service: LXD and its containers, driven by the host."""

@@ -1,0 +1,48 @@
+"""Tremplin: `python -m agent.tremplin OPTION=VALUE...`. LXD is started before anything large is
+imported, so that the two go on side by side.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from agent.console import write_line
+from agent.option_table import TREMPLIN
+from agent.options import OptionError, parse, usage
+from agent.tremplin.lxd_process import SupervisorError, launch
+
+_SUMMARY = "Serves vm_tools.tremplin.Tremplin: creates, starts and sets up containers in LXD."
+
+
+def main(words: list[str]) -> int:
+    """Runs tremplin. words: its arguments. The exit code: 2 for options that cannot be used."""
+    if words and words[0] in {"-h", "--help"}:
+        print(usage("python -m agent.tremplin", _SUMMARY, TREMPLIN))  # noqa: T201
+        return 0
+    try:
+        options = parse(words, TREMPLIN)
+    except OptionError as error:
+        write_line("tremplin", str(error))
+        return 2
+    try:
+        write_line("tremplin", launch(options))
+    except (OSError, SupervisorError) as error:
+        write_line("tremplin", f"cannot start LXD: {error}")
+        return 1
+
+    import asyncio
+
+    from agent import logs
+    from agent.tremplin.service import serve
+
+    logs.set_up("tremplin")
+    try:
+        asyncio.run(serve(options))
+    except OSError as error:
+        write_line("tremplin", f"cannot serve: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

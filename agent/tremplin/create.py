@@ -1,0 +1,355 @@
+"""CreateContainer: an image becomes a container, under another name until it is whole.
+
+A kill at any moment leaves at most a container with that other name or an unmarked one, which the
+next creation takes away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from typing import NamedTuple
+
+from agent.pb import tremplin_pb2 as pb
+from agent.tremplin import markers
+from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
+from agent.tremplin.names import IN_PROGRESS
+from agent.tremplin.operation import Operation, OperationError, OperationTimedOutError, Outcome
+from agent.tremplin.remove import remove_container
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from agent.tremplin.lxd_operations import LxdOperation
+    from agent.tremplin.session import Session
+
+_log = logging.getLogger(__name__)
+
+_TICK_SECONDS = 1.0
+"""While a download runs the host hears of it at least so often."""
+_ABORT_SECONDS = 300.0
+"""What LXD has to end an operation that cannot be cancelled: an image being unpacked."""
+_PROGRESS = re.compile(r"(metadata|rootfs)[^:]*: (\d+)%")
+_FILE_IMPORT = "tremplin-import"
+"""The property of images that came from files: they go when the container is there."""
+
+
+class FromServer(NamedTuple):
+    """An image on a simplestreams server."""
+
+    server: str
+    alias: str
+
+
+class FromFiles(NamedTuple):
+    """An image in two files of the VM."""
+
+    rootfs_path: str
+    metadata_path: str
+
+
+class Create(Operation):
+    """Makes a container."""
+
+    verb = "create"
+
+    def __init__(self, session: Session, container: str, source: FromServer | FromFiles) -> None:
+        """container: the name it is to have; an unfinished container of that name is removed."""
+        super().__init__(session, container)
+        self._source = source
+        self._name = ""
+        self._naming = False
+        self._percent = -1
+        self._downloading = False
+        self._download_over = False
+        self._last_byte_at = 0.0
+        self._stored_bytes = 0
+
+    @property
+    def same_download(self) -> list[Create]:
+        """Every creation under way that needs the same image from the same server."""
+        return [
+            other
+            for other in self.session.running
+            if isinstance(other, Create)
+            and isinstance(other._source, FromServer)
+            and other._source == self._source
+        ]
+
+    async def work(self) -> None:
+        """See Operation."""
+        self._name = self._free_name()
+        await self._remove_what_is_left(self._name)
+        await self._remove_unfinished()
+        if isinstance(self._source, FromServer):
+            await self._create_from_server(self._source)
+        else:
+            await self._create_from_files(self._source)
+        await markers.mark(self.session.lxd, self._name, markers.CREATED)
+        self._naming = True
+        await self.session.lxd_operations.run(
+            "post", "instances", self._name, json={"name": self.container}
+        )
+
+    async def clean_up(self) -> None:
+        """See Operation."""
+        await self._remove_what_is_left(self._name)
+        if self._naming:
+            await self._remove_unfinished()
+
+    def report_end(self, outcome: Outcome, reason: str) -> None:
+        """See Operation."""
+        status = {
+            Outcome.DONE: pb.ContainerCreationProgress.CREATED,
+            Outcome.CANCELLED: pb.ContainerCreationProgress.CANCELLED,
+            Outcome.TIMED_OUT: pb.ContainerCreationProgress.DOWNLOAD_TIMED_OUT,
+        }.get(outcome, pb.ContainerCreationProgress.FAILED)
+        self._report(status, reason=reason)
+
+    def _report(
+        self, status: pb.ContainerCreationProgress.Status.ValueType, *, reason: str = ""
+    ) -> None:
+        downloading = status == pb.ContainerCreationProgress.DOWNLOADING
+        self.session.reporter.report(
+            "UpdateCreateStatus",
+            pb.ContainerCreationProgress(
+                status=status,
+                container_name=self.container,
+                download_progress=max(self._percent, 0) if downloading else 0,
+                failure_reason=reason,
+            ),
+            container=self.container,
+            kind=self if downloading else None,
+            final=not downloading,
+            held_until=self.answered,
+        )
+
+    def _free_name(self) -> str:
+        taken = {other._name for other in self.session.running if isinstance(other, Create)}
+        if IN_PROGRESS not in taken:
+            return IN_PROGRESS
+        return next(name for n in range(2, 1000) if (name := f"{IN_PROGRESS}-{n}") not in taken)
+
+    async def _remove_what_is_left(self, name: str) -> None:
+        # LXD goes on with what a tremplin asked for that has since been killed.
+        for group in (await self.session.lxd.get("operations", params={"recursion": "1"})).values():
+            for found in group:
+                if f"/1.0/instances/{name}" not in _resources(found):
+                    continue
+                with contextlib.suppress(LxdNotFoundError):
+                    await _abort(await self.session.lxd_operations.follow(found, check=True))
+        await remove_container(self.session, name)
+
+    async def _remove_unfinished(self) -> None:
+        with contextlib.suppress(LxdNotFoundError):
+            if await markers.is_unfinished(self.session.lxd, self.container):
+                await remove_container(self.session, self.container)
+
+    async def _create_from_server(self, source: FromServer) -> None:
+        self._downloading = True
+        self._last_byte_at = asyncio.get_running_loop().time()
+        operation = await self._start_creation(
+            {
+                "type": "image",
+                "mode": "pull",
+                "protocol": "simplestreams",
+                "server": source.server,
+                "alias": source.alias,
+            }
+        )
+        ending = asyncio.ensure_future(operation.wait())
+        try:
+            while not (await asyncio.wait([ending], timeout=_TICK_SECONDS))[0]:
+                await self._tick()
+            await ending
+        except (asyncio.CancelledError, OperationTimedOutError):
+            ending.cancel()
+            await _abort(operation)
+            raise
+        finally:
+            self._downloading = False
+
+    async def _create_from_files(self, source: FromFiles) -> None:
+        self._advance(0)
+        fingerprint = await self._import_image(source)
+        self._advance(100)
+        try:
+            operation = await self._start_creation({"type": "image", "fingerprint": fingerprint})
+            try:
+                await operation.wait()
+            except asyncio.CancelledError:
+                await _abort(operation)
+                raise
+        finally:
+            await remove_imported_images(self.session, fingerprint)
+
+    async def _start_creation(self, source: dict[str, str]) -> LxdOperation:
+        return await self.session.lxd_operations.start(
+            "post",
+            "instances",
+            json={
+                "name": self._name,
+                "type": "container",
+                "profiles": ["default"],
+                "source": source,
+            },
+            on_change=self._on_change,
+        )
+
+    def _on_change(self, state: dict[str, Any]) -> None:
+        metadata = state.get("metadata") or {}
+        if "download_progress" in metadata:
+            found = _PROGRESS.match(str(metadata["download_progress"]))
+            if found is not None:
+                percent = int(found[2]) if found[1] == "rootfs" else 0
+                # LXD downloads an image once, and tells only who asked first.
+                for create in self.same_download:
+                    create._download_advances(percent)
+        elif "progress" in metadata:
+            self._download_is_over()
+
+    def _download_advances(self, percent: int) -> None:
+        self._last_byte_at = asyncio.get_running_loop().time()
+        self._advance(percent)
+        if percent >= 100:
+            self._download_is_over()
+
+    def _download_is_over(self) -> None:
+        self._download_over = True
+
+    def _advance(self, percent: int) -> None:
+        percent = min(percent, 100)
+        if percent > self._percent:
+            self._percent = percent
+            self._report(pb.ContainerCreationProgress.DOWNLOADING)
+
+    async def _tick(self) -> None:
+        if not self._downloading or self._download_over:
+            return
+        now = asyncio.get_running_loop().time()
+        # A slow download gives no sign for long, but its file grows.
+        stored = await self.session.lxd.in_thread(
+            _bytes_in, f"{self.session.settings.lxd_dir}/images"
+        )
+        if stored != self._stored_bytes:
+            self._stored_bytes = stored
+            self._last_byte_at = now
+            self._report(pb.ContainerCreationProgress.DOWNLOADING)
+        if now - self._last_byte_at < self.session.settings.download_timeout:
+            return
+        if await self.session.instance(self._name) is not None:
+            self._download_is_over()
+            return
+        raise OperationTimedOutError(
+            f"no byte came from the image server for {now - self._last_byte_at:.0f} s"
+        )
+
+    async def _import_image(self, source: FromFiles) -> str:
+        answer = await self.session.lxd.in_thread(_post_image, self.session, source)
+        operation = await self.session.lxd_operations.follow(answer)
+        try:
+            state = await operation.wait()
+        except LxdError as error:
+            if "already exists" not in str(error):
+                raise
+            return await self.session.lxd.in_thread(_fingerprint, source)
+        return str(state["metadata"]["fingerprint"])
+
+
+async def remove_imported_images(session: Session, fingerprint: str | None = None) -> None:
+    """Removes images that came from files, all or one. Raises LxdError."""
+    for image in await session.lxd.get("images", params={"recursion": "1"}):
+        if _FILE_IMPORT not in (image.get("properties") or {}):
+            continue
+        if fingerprint in {None, image["fingerprint"]}:
+            with contextlib.suppress(LxdNotFoundError):
+                await session.lxd_operations.run("delete", "images", image["fingerprint"])
+
+
+def image_server(url: str, *, lsb_release: str = "/etc/lsb-release") -> str:
+    """The URL of an image server with the image's milestone in the place of %d, if it has one."""
+    if "%d" not in url:
+        return url
+    try:
+        with open(lsb_release, encoding="utf-8", errors="replace") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return url
+    for line in lines:
+        key, _, value = line.partition("=")
+        if key.strip() == "CHROMEOS_RELEASE_CHROME_MILESTONE" and value.strip():
+            return url.replace("%d", value.strip())
+    return url
+
+
+def files_problem(source: FromFiles) -> str:
+    """Why a container cannot be made from these files, or ""."""
+    for path in source:
+        if not os.path.isabs(path):
+            return f"{path or 'one of the paths'} is not an absolute path"
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            return f"cannot read {path}: {error.strerror}"
+    return ""
+
+
+def _post_image(session: Session, source: FromFiles) -> dict[str, Any]:
+    from requests_toolbelt import MultipartEncoder
+
+    with open(source.metadata_path, "rb") as metadata, open(source.rootfs_path, "rb") as rootfs:
+        body = MultipartEncoder(
+            {
+                "metadata": ("metadata", metadata, "application/octet-stream"),
+                "rootfs": ("rootfs", rootfs, "application/octet-stream"),
+            }
+        )
+        headers = {
+            "Content-Type": body.content_type,
+            "X-LXD-properties": f"{_FILE_IMPORT}=true",
+            "X-LXD-filename": os.path.basename(source.rootfs_path),
+        }
+        answer = session.lxd.call("post", ("images",), data=body, headers=headers).json()
+    if not isinstance(answer, dict):
+        raise OperationError("LXD's answer is not an object")
+    return answer
+
+
+def _fingerprint(source: FromFiles) -> str:
+    # LXD's fingerprint of an image in two parts: of the metadata followed by the root filesystem.
+    digest = hashlib.sha256()
+    for path in (source.metadata_path, source.rootfs_path):
+        with open(path, "rb") as file:
+            while chunk := file.read(1024 * 1024):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+async def _abort(operation: LxdOperation) -> None:
+    try:
+        await operation.cancel()
+    except LxdError as error:
+        _log.info("waiting for LXD to end what cannot be cancelled: %s", error)
+    with contextlib.suppress(LxdError, TimeoutError):
+        async with asyncio.timeout(_ABORT_SECONDS):
+            await operation.wait()
+
+
+def _resources(operation: dict[str, Any]) -> list[str]:
+    resources = operation.get("resources") or {}
+    return [path for paths in resources.values() for path in paths or ()]
+
+
+def _bytes_in(directory: str) -> int:
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                total += entry.stat(follow_symlinks=False).st_size
+    return total

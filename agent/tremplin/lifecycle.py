@@ -1,0 +1,93 @@
+"""ContainerShutdown: tells the host when a container goes down, once, by whatever way it does, and
+not when it restarts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from urllib.parse import unquote, urlsplit
+
+from agent.pb import tremplin_pb2 as pb
+from agent.tremplin.lxd_client import LxdError
+from agent.tremplin.names import is_in_progress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from agent.tremplin.session import Session
+
+_log = logging.getLogger(__name__)
+
+_UP = {"instance-started", "instance-restarted", "instance-resumed"}
+_DOWN = {"instance-shutdown", "instance-stopped", "instance-deleted"}
+_POLL_SECONDS = 0.1
+
+
+class Lifecycle:
+    """Which containers run, as far as the host was told."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._up: set[str] = set()
+        self._checks: dict[str, asyncio.Task[None]] = {}
+
+    async def catch_up(self) -> None:
+        """Compares with what LXD says, after a time without events. Raises LxdError."""
+        instances = await self._session.lxd.get("instances", params={"recursion": "1"})
+        up = {found["name"] for found in instances if found["status"] != "Stopped"}
+        for name in self._up - up:
+            self._is_down(name)
+        self._up = {name for name in up if not is_in_progress(name)}
+
+    def on_event(self, event: dict[str, Any]) -> None:
+        """Takes an event of type lifecycle; event: its metadata."""
+        action = event.get("action")
+        name = unquote(urlsplit(str(event.get("source", ""))).path.rpartition("/")[2])
+        if is_in_progress(name):
+            return
+        if action in _UP:
+            check = self._checks.pop(name, None)
+            if check is not None:
+                check.cancel()
+            self._up.add(name)
+        elif action in _DOWN and name in self._up and name not in self._checks:
+            if action == "instance-shutdown":
+                # A reboot from inside looks the same at first.
+                self._checks[name] = asyncio.create_task(self._check(name))
+            else:
+                self._is_down(name)
+
+    async def _check(self, name: str) -> None:
+        while await self._is_coming_back(name):
+            await asyncio.sleep(_POLL_SECONDS)
+        del self._checks[name]
+        self._is_down(name)
+
+    async def _is_coming_back(self, name: str) -> bool:
+        # LXD takes a container's network away when it stops, not when it reboots, and gives it
+        # one anew when it starts.
+        try:
+            instance = await self._session.instance(name)
+        except LxdError:
+            return False
+        if instance is None:
+            return False
+        config = instance["config"]
+        return instance["status"] != "Stopped" or any(
+            key.startswith("volatile.") and key.endswith(".host_name") and value
+            for key, value in config.items()
+        )
+
+    def _is_down(self, name: str) -> None:
+        check = self._checks.pop(name, None)
+        if check is not None:
+            check.cancel()
+        with contextlib.suppress(KeyError):
+            self._up.remove(name)
+        _log.info("container %s is down", name)
+        self._session.reporter.report(
+            "ContainerShutdown", pb.ContainerShutdownInfo(container_name=name), container=name
+        )

@@ -1,0 +1,74 @@
+"""The process of LXD itself: started through PID 1 as early as can be. Imports next to nothing, so
+that LXD's start and tremplin's own imports run side by side.
+"""
+
+from __future__ import annotations
+
+import os
+
+from agent.process_supervisor.client import Client, SupervisorError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.options import Options
+
+_STOP_SECONDS = 10.0
+"""On SIGPWR LXD stops the containers, each of which has boot.host_shutdown_timeout, 9 s, for it."""
+_SUPERVISOR_SECONDS = 30.0
+_LARGEST_LOG = 1024 * 1024
+
+
+def environment(options: Options) -> dict[str, str]:
+    """What LXD and the lxc command are started with."""
+    return {
+        "LXD_DIR": options["tremplin.lxd_dir"],
+        "LXD_CONF": options["tremplin.lxd_conf"],
+        "LXD_UNPRIVILEGED_ONLY": "true",
+    }
+
+
+def launch(options: Options) -> str:
+    """Has PID 1 start LXD, when there is a PID 1 of ours; what was done, for the console.
+
+    Without one, on a development machine, LXD is somebody else's to start. Raises OSError and
+    SupervisorError.
+    """
+    run_dir: str = options["tremplin.run_dir"]
+    lxd_dir: str = options["tremplin.lxd_dir"]
+    if not os.path.exists(f"{run_dir}/supervisor.sock"):
+        return "PID 1 is not ours here; waiting for an LXD that somebody else starts"
+    os.makedirs(lxd_dir, mode=0o711, exist_ok=True)
+    os.makedirs(options["tremplin.lxd_conf"], mode=0o700, exist_ok=True)
+    with Client.connect(run_dir, timeout=_SUPERVISOR_SECONDS) as client:
+        launched = client.launch(
+            _command(lxd_dir),
+            name="lxd",
+            env=environment(options),
+            respawn=True,
+            # SIGTERM would leave the containers running; the order is PID 1's to know.
+            stop_signal="SIGPWR",
+            stop_timeout=_STOP_SECONDS,
+        )
+    return "LXD is running already" if launched.existing else "LXD is being started"
+
+
+def _command(lxd_dir: str) -> list[str]:
+    log = f"{lxd_dir}/lxd.log"
+    try:
+        if os.stat(log).st_size > _LARGEST_LOG:
+            os.replace(log, f"{log}.1")
+    except OSError:
+        pass
+    group = ["--group", "lxd"] if _group_exists("lxd") else []
+    return ["/usr/bin/lxd", *group, "--logfile", log]
+
+
+def _group_exists(name: str) -> bool:
+    try:
+        with open("/etc/group", encoding="utf-8", errors="replace") as file:
+            return any(line.startswith(f"{name}:") for line in file)
+    except OSError:
+        return False
+
+
+__all__ = ["SupervisorError", "environment", "launch"]

@@ -1,0 +1,178 @@
+"""What LXD must be configured with before there are containers: pool, bridge, profile, settings.
+Everything is compared with what is there first, so a second time changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.tremplin.session import Session
+
+_log = logging.getLogger(__name__)
+
+_MAPPED_IDS = (655360, 665357)
+"""The uids and gids that are the same in the VM and in its containers, besides 1000 and 1001."""
+_SERVER_CONFIG = {
+    "images.auto_update_interval": "0",
+    # Minutes that LXD waits for its operations when it is told to stop.
+    "core.shutdown_timeout": "1",
+}
+
+
+async def set_up_lxd(session: Session) -> None:
+    """Brings LXD to the state of CONTRACT.md. Raises LxdError."""
+    await asyncio.gather(_set_up_server(session), _set_up_pool(session), _set_up_bridge(session))
+    await _set_up_profile(session)
+
+
+async def _set_up_server(session: Session) -> None:
+    config = (await session.lxd.get())["config"]
+    missing = {k: v for k, v in _SERVER_CONFIG.items() if config.get(k) != v}
+    if missing:
+        await session.lxd.request("patch", json={"config": missing})
+
+
+async def _set_up_pool(session: Session) -> None:
+    if await session.lxd.exists("storage-pools", "default"):
+        return
+    source = f"{session.settings.lxd_dir}/storage-pools/default"
+    # LXD's directory on another filesystem, of a development machine: LXD makes a btrfs in a file.
+    config = {"source": source} if _is_btrfs(session.settings.lxd_dir) else {}
+    await session.lxd.request(
+        "post", "storage-pools", json={"name": "default", "driver": "btrfs", "config": config}
+    )
+    _log.info("LXD has its storage pool")
+
+
+async def _set_up_bridge(session: Session) -> None:
+    wanted = {
+        "ipv4.nat": "true",
+        "ipv4.dhcp.expiry": "infinite",
+        "ipv6.address": "none",
+        "raw.dnsmasq": f"resolv-file={session.settings.resolv_conf}\ndhcp-authoritative\nno-ping",
+    }
+    if session.settings.lxd_subnet is not None:
+        wanted["ipv4.address"] = session.settings.lxd_subnet
+    if not await session.lxd.exists("networks", "lxdbr0"):
+        await session.lxd.request(
+            "post", "networks", json={"name": "lxdbr0", "type": "bridge", "config": wanted}
+        )
+        _log.info("LXD has its bridge")
+        return
+    config = (await session.lxd.get("networks", "lxdbr0"))["config"]
+    changed = {k: v for k, v in wanted.items() if config.get(k) != v}
+    if changed:
+        await session.lxd.request("patch", "networks", "lxdbr0", json={"config": changed})
+        _log.info("LXD's bridge has %s anew", ", ".join(sorted(changed)))
+
+
+async def _set_up_profile(session: Session) -> None:
+    wanted_config = {
+        "boot.autostart": "false",
+        "boot.host_shutdown_timeout": "9",
+        # "both N N" would say the same, but then LXD 5.0.2 knows each of these ids twice, and its
+        # file interface fails on a container that was started once and is stopped.
+        "raw.idmap": "\n".join(
+            f"{kind} {number} {number}" for number in _mappable_ids() for kind in ("uid", "gid")
+        ),
+        "security.nesting": "true",
+    }
+    wanted_devices = {
+        "root": {"type": "disk", "path": "/", "pool": "default"},
+        "eth0": {"type": "nic", "name": "eth0", "nictype": "bridged", "parent": "lxdbr0"},
+        "shared": {
+            "type": "disk",
+            "source": session.settings.shared_dir,
+            "path": "/mnt/chromeos",
+            # What the host mounts in there later shows up in running containers too.
+            "recursive": "true",
+            "propagation": "rslave",
+            "required": "false",
+        },
+        "fuse": _device("/dev/fuse"),
+        "tun": _device("/dev/net/tun"),
+    }
+    profile = await session.lxd.get("profiles", "default")
+    config = profile["config"] | wanted_config
+    devices = profile["devices"] | wanted_devices
+    if config != profile["config"] or devices != profile["devices"]:
+        await session.lxd.request(
+            "put",
+            "profiles",
+            "default",
+            json={
+                "config": config,
+                "devices": devices,
+                "description": profile.get("description", ""),
+            },
+        )
+        _log.info("LXD has its profile")
+
+
+def _device(path: str) -> dict[str, str]:
+    device = {"type": "unix-char", "source": path, "path": path, "mode": "0666"}
+    return device if _is_character_device(path) else device | {"required": "false"}
+
+
+def _is_character_device(path: str) -> bool:
+    try:
+        return stat.S_ISCHR(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _mappable_ids() -> list[int]:
+    allowed = [mappable_ids(_read(path)) for path in ("/etc/subuid", "/etc/subgid")]
+    ids = [number for number in allowed[0] if number in allowed[1]]
+    if len(ids) < 2 + len(_MAPPED_IDS):
+        _log.warning("containers share only the ids %s with the VM: see /etc/subuid", ids)
+    return ids
+
+
+def mappable_ids(subids: str) -> list[int]:
+    """Which of the ids that raw.idmap is to have root may map one by one.
+
+    subids: the content of /etc/subuid or /etc/subgid. LXD takes the first large range of root's for
+    its containers, and newuidmap(1) refuses what root does not have at all.
+    Source: subuid(5); without any entry for root LXD does not ask these files.
+    """
+    ranges = []
+    for line in subids.splitlines():
+        fields = line.split(":")
+        if len(fields) == 3 and fields[0] in {"root", "0"} and fields[1].isdigit():
+            ranges.append((int(fields[1]), int(fields[2] or 0)))
+    wanted = [1000, 1001, *_MAPPED_IDS]
+    if not ranges:
+        return wanted
+    single = [(start, count) for start, count in ranges if count < 65536]
+    large = [(start, count) for start, count in ranges if count >= 65536]
+    return [number for number in wanted if _within(number, single) and not _within(number, large)]
+
+
+def _within(number: int, ranges: list[tuple[int, int]]) -> bool:
+    return any(start <= number < start + count for start, count in ranges)
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def _is_btrfs(path: str) -> bool:
+    # stat(1) of coreutils calls statfs(2), which Python does not have; /proc/mounts says as much.
+    best = ("", "")
+    for line in _read("/proc/self/mounts").splitlines():
+        fields = line.split(" ")
+        target = fields[1].replace("\\040", " ")
+        inside = path == target or path.startswith(target.rstrip("/") + "/")
+        if inside and len(target) >= len(best[0]):
+            best = (target, fields[2])
+    return best[1] == "btrfs"

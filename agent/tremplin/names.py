@@ -1,0 +1,33 @@
+"""Names of containers: what LXD takes, and the names that containers have while they are made."""
+
+from __future__ import annotations
+
+import re
+
+IN_PROGRESS = "crostini-inprogress-create"
+"""The name of a container until it is whole; others at the same time have a number after it."""
+
+_NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+
+
+def name_problem(name: str) -> str:
+    """Why LXD does not take name for a container, or "" when it does.
+
+    Source: LXD's doc/instances.md: 1 to 63 letters, digits and dashes, no digit or dash first, no
+    dash last.
+    """
+    if not name:
+        return "a container needs a name"
+    if is_in_progress(name):
+        return "the name is kept for containers that are being made"
+    if _NAME.fullmatch(name) is None:
+        return (
+            "the name of a container is 1 to 63 letters, digits and dashes, begins with a letter "
+            "and does not end with a dash"
+        )
+    return ""
+
+
+def is_in_progress(name: str) -> bool:
+    """Whether name is that of a container that is being made."""
+    return name.startswith(IN_PROGRESS)

@@ -1,0 +1,120 @@
+"""One long operation on a container: what all of them share. LXD's own operations, which ours are
+made of, are in lxd_operations.py.
+
+    waiting ──► running ──► done | failed | cancelled | timed out
+
+Whatever ends it, exactly one final report goes to the host, when the call that started it has been
+answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+from abc import ABC, abstractmethod
+
+from agent.tremplin.lxd_client import LxdError
+from agent.tremplin.lxd_operations import LxdCancelledError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.tremplin.session import Session
+
+_log = logging.getLogger(__name__)
+
+
+class Outcome(enum.Enum):
+    """How an operation ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    TIMED_OUT = "timed out"
+
+
+class OperationError(Exception):
+    """An operation cannot be carried out; str() says why."""
+
+
+class OperationTimedOutError(OperationError):
+    """What an operation waited for did not come."""
+
+
+class Operation(ABC):
+    """One long operation, from the call that starts it to its final report."""
+
+    verb: str
+    """What is done, for "cannot VERB container NAME: why"."""
+
+    def __init__(self, session: Session, container: str) -> None:
+        self.session = session
+        self.container = container
+        self.answered = asyncio.Event()
+        """Set when the call that started it has been answered: no report goes out before."""
+        self.outcome: Outcome | None = None
+        self.reason = ""
+        """Why it did not succeed, for the host."""
+        self.ended = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._cancel_asked = False
+
+    @abstractmethod
+    async def work(self) -> None:
+        """Carries it out; raising anything fails it. Cancellation comes as CancelledError."""
+
+    @abstractmethod
+    def report_end(self, outcome: Outcome, reason: str) -> None:
+        """Hands the final report to the reporter."""
+
+    async def clean_up(self) -> None:  # noqa: B027  most have nothing to remove
+        """Removes what work() left, after it has not succeeded."""
+
+    def start(self) -> None:
+        """Begins to work."""
+        self.session.running.add(self)
+        self._task = asyncio.create_task(self._run())
+
+    def cancel(self) -> None:
+        """Asks it to stop; it ends when what it did is undone."""
+        self._cancel_asked = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        outcome, reason = await self._outcome()
+        if outcome is not Outcome.DONE:
+            reason = f"cannot {self.verb} container {self.container}: {reason}"
+            try:
+                await self.clean_up()
+            except (LxdError, OSError) as error:
+                _log.warning("%s; cannot clean up after it: %s", reason, error)
+            _log.warning("%s", reason)
+        self.outcome = outcome
+        self.reason = reason
+        self.session.running.discard(self)
+        self.ended.set()
+        self.report_end(outcome, reason)
+
+    async def _outcome(self) -> tuple[Outcome, str]:
+        try:
+            await self.work()
+        except asyncio.CancelledError:
+            if not self._cancel_asked:
+                raise
+            return Outcome.CANCELLED, "it was cancelled"
+        except LxdCancelledError:
+            return Outcome.CANCELLED, "it was cancelled"
+        except OperationTimedOutError as error:
+            return Outcome.TIMED_OUT, str(error)
+        except (LxdError, OperationError, OSError) as error:
+            return Outcome.FAILED, one_line(error)
+        except Exception as error:  # noqa: BLE001  an operation always ends in a report
+            _log.exception("cannot %s container %s", self.verb, self.container)
+            return Outcome.FAILED, one_line(error)
+        return Outcome.DONE, ""
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error, never empty."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,83 @@
+"""DeleteContainer, and making sure that a container is gone whatever state it is in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+
+from agent.pb import tremplin_pb2 as pb
+from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
+from agent.tremplin.operation import Operation, Outcome
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.tremplin.session import Session
+
+_BUSY_SECONDS = 60.0
+"""How long something else that LXD does with a container may keep it from being removed."""
+_POLL_SECONDS = 0.1
+
+
+class Delete(Operation):
+    """Removes a container, stopping it first; one that is being made is given up."""
+
+    verb = "delete"
+
+    async def work(self) -> None:
+        """See Operation."""
+        from agent.tremplin.create import Create
+
+        create = self.session.operation(Create, self.container)
+        if create is not None:
+            create.cancel()
+            await create.ended.wait()
+        await remove_container(self.session, self.container)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(token_path(self.session.settings.token_dir, self.container))
+
+    def report_end(self, outcome: Outcome, reason: str) -> None:
+        """See Operation."""
+        status = {
+            Outcome.DONE: pb.ContainerDeletionProgress.DELETED,
+            Outcome.CANCELLED: pb.ContainerDeletionProgress.CANCELLED,
+        }.get(outcome, pb.ContainerDeletionProgress.FAILED)
+        self.session.reporter.report(
+            "UpdateDeletionStatus",
+            pb.ContainerDeletionProgress(
+                status=status, container_name=self.container, failure_reason=reason
+            ),
+            container=self.container,
+            held_until=self.answered,
+        )
+
+
+def token_path(token_dir: str, container: str) -> str:
+    """Where the token of a container is, in the VM."""
+    return f"{token_dir}/{container}_token"
+
+
+async def remove_container(session: Session, container: str) -> None:
+    """Returns when there is no such container: stops and deletes it. Raises LxdError."""
+    deadline = asyncio.get_running_loop().time() + _BUSY_SECONDS
+    while True:
+        instance = await session.instance(container)
+        if instance is None:
+            return
+        try:
+            if instance["status"] != "Stopped":
+                stop = {"action": "stop", "force": True, "timeout": -1}
+                await session.lxd_operations.run("put", "instances", container, "state", json=stop)
+            await session.lxd_operations.run("delete", "instances", container)
+        except LxdNotFoundError:
+            return
+        except LxdError as error:
+            if not is_busy(error) or asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(_POLL_SECONDS)
+
+
+def is_busy(error: LxdError) -> bool:
+    """Whether LXD refuses because it has something else in hand with the container."""
+    text = str(error)
+    return "Instance is busy" in text or "is already running" in text or "is running" in text

@@ -1,0 +1,154 @@
+"""Tremplin from LXD's first answer to its end: the parts, and the order they come up in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+
+import grpc.aio
+
+from agent.grpc_endpoint import HostChannel, listen, prepare_run_dir
+from agent.pb import tremplin_pb2 as pb
+from agent.pb.tremplin_pb2_grpc import add_TremplinServicer_to_server
+from agent.tremplin.create import remove_imported_images
+from agent.tremplin.lifecycle import Lifecycle
+from agent.tremplin.lxd_client import LxdClient, LxdError
+from agent.tremplin.lxd_events import EventStream
+from agent.tremplin.lxd_setup import set_up_lxd
+from agent.tremplin.reporter import Reporter
+from agent.tremplin.servicer import Servicer
+from agent.tremplin.session import Session, Settings
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from agent.options import Options
+
+_log = logging.getLogger(__name__)
+
+_SETUP_RETRY_SECONDS = 1.0
+_STOP_SECONDS = 1.8
+"""What the containers get when the VM goes down, before LXD itself is told to stop them."""
+_FAREWELL_SECONDS = 0.2
+
+
+async def serve(options: Options) -> None:
+    """Runs Tremplin until SIGTERM or SIGPWR. Raises OSError: it cannot listen."""
+    run_dir: str = options["tremplin.run_dir"]
+    stopping: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPWR):
+        asyncio.get_running_loop().add_signal_handler(number, _stop, stopping, number)
+    prepare_run_dir(run_dir)
+    address = options.host_address("tremplin.listener", listen="tremplin.listen")
+    channel = None
+    if address is not None:
+        channel = HostChannel(address, run_dir=run_dir, name="tremplin-listener")
+    settings = Settings.from_options(options)
+    client = LxdClient(settings.lxd_dir)
+    reporter = Reporter(None if channel is None else await channel.open())
+    session = Session(settings, client, reporter)
+    events = asyncio.create_task(_follow(session))
+    server = grpc.aio.server()
+    add_TremplinServicer_to_server(Servicer(session), server)  # type: ignore[abstract]  # the rest is UNIMPLEMENTED
+    try:
+        await _ready(session, stopping)
+        listener = None
+        if not stopping.done():
+            listener = await listen(
+                server, options["tremplin.listen"], run_dir=run_dir, name="tremplin"
+            )
+            _log.info("serving on %s", options["tremplin.listen"])
+            reporter.report("TremplinReady", pb.TremplinStartupInfo(), container="")
+        tidying = asyncio.create_task(_tidy(session))
+        if await stopping is signal.SIGPWR:
+            await _stop_containers(session)
+        tidying.cancel()
+        if listener is not None:
+            await listener.stop(_FAREWELL_SECONDS)
+    finally:
+        events.cancel()
+        await reporter.close(timeout=_FAREWELL_SECONDS)
+        if channel is not None:
+            await channel.close()
+        client.close()
+
+
+def _stop(stopping: asyncio.Future[signal.Signals], number: signal.Signals) -> None:
+    if not stopping.done():
+        stopping.set_result(number)
+
+
+async def _follow(session: Session) -> None:
+    lifecycle = Lifecycle(session)
+
+    async def connected() -> None:
+        try:
+            await lifecycle.catch_up()
+            await session.lxd_operations.catch_up()
+        except LxdError as error:
+            raise ConnectionError(str(error)) from None
+        session.lxd_is_up.set()
+
+    def on_event(event: dict[str, Any]) -> None:
+        metadata = event.get("metadata") or {}
+        if event.get("type") == "operation":
+            session.lxd_operations.on_event(metadata)
+        elif event.get("type") == "lifecycle":
+            lifecycle.on_event(metadata)
+
+    stream = EventStream(
+        session.lxd.socket_path,
+        on_event=on_event,
+        on_connected=connected,
+        on_lost=session.lxd_is_up.clear,
+    )
+    await stream.run()
+
+
+async def _ready(session: Session, stopping: asyncio.Future[signal.Signals]) -> None:
+    # Returns when LXD is up and set up, or when we are to stop.
+    while not stopping.done():
+        up = asyncio.ensure_future(session.lxd_is_up.wait())
+        either: list[asyncio.Future[Any]] = [up, stopping]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        up.cancel()
+        if stopping.done():
+            return
+        try:
+            _log.info("LXD answers")
+            await set_up_lxd(session)
+        except LxdError as error:
+            _log.error("cannot set up LXD: %s", error)
+            await asyncio.wait([stopping], timeout=_SETUP_RETRY_SECONDS)
+        else:
+            return
+
+
+async def _tidy(session: Session) -> None:
+    try:
+        await remove_imported_images(session)
+    except LxdError as error:
+        _log.warning("cannot remove left-over images: %s", error)
+
+
+async def _stop_containers(session: Session) -> None:
+    # LXD stops what is not down by then, with its own, longer limit.
+    try:
+        instances = await session.lxd.get("instances", params={"recursion": "1"})
+    except LxdError as error:
+        _log.warning("cannot stop the containers: %s", error)
+        return
+    running = [found["name"] for found in instances if found["status"] == "Running"]
+    if not running:
+        return
+    _log.info("stopping %d containers", len(running))
+    stop = {"action": "stop", "force": False, "timeout": 10}
+    tasks = [
+        asyncio.create_task(
+            session.lxd_operations.run("put", "instances", name, "state", json=stop)
+        )
+        for name in running
+    ]
+    await asyncio.wait(tasks, timeout=_STOP_SECONDS)

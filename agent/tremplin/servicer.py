@@ -1,0 +1,315 @@
+"""The RPCs of Tremplin: each one checks what it was given, hands it on, and says what came of it.
+
+Failures go into the status and the failure_reason, with gRPC's own status OK.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from agent.pb import tremplin_pb2 as pb
+from agent.pb.tremplin_pb2_grpc import TremplinServicer
+from agent.tremplin import markers
+from agent.tremplin.accounts import AccountError
+from agent.tremplin.create import Create, FromFiles, FromServer, files_problem, image_server
+from agent.tremplin.info import container_info
+from agent.tremplin.lxd_client import LxdError
+from agent.tremplin.names import name_problem
+from agent.tremplin.operation import Operation, Outcome, one_line
+from agent.tremplin.remove import Delete
+from agent.tremplin.set_up_user import read_primary_user, set_up_user
+from agent.tremplin.start import ANSWER_SECONDS, Start, read_os_release
+from agent.tremplin.stop import Stop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    import grpc.aio
+
+    from agent.tremplin.accounts import Plan
+    from agent.tremplin.session import Session
+
+_log = logging.getLogger(__name__)
+
+
+class Servicer(TremplinServicer):
+    """Tremplin, for one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._account_locks: dict[str, asyncio.Lock] = {}
+
+    async def StartLxd(
+        self,
+        request: pb.StartLxdRequest,
+        context: grpc.aio.ServicerContext[pb.StartLxdRequest, pb.StartLxdResponse],
+    ) -> pb.StartLxdResponse:
+        """LXD is up before the host hears of us."""
+        del request, context
+        try:
+            await self._session.lxd.get()
+        except LxdError as error:
+            return pb.StartLxdResponse(
+                status=pb.StartLxdResponse.FAILED,
+                failure_reason=f"cannot start LXD: {one_line(error)}",
+            )
+        return pb.StartLxdResponse(status=pb.StartLxdResponse.ALREADY_RUNNING)
+
+    async def CreateContainer(
+        self,
+        request: pb.CreateContainerRequest,
+        context: grpc.aio.ServicerContext[pb.CreateContainerRequest, pb.CreateContainerResponse],
+    ) -> pb.CreateContainerResponse:
+        """Begins to make a container, unless it is there and whole."""
+        name = request.container_name
+        try:
+            problem = name_problem(name)
+            source, source_problem = await self._image_source(request)
+            problem = problem or source_problem
+            if problem:
+                return _create_failed(name, problem)
+            if self._session.operation(Create, name):
+                return pb.CreateContainerResponse(status=pb.CreateContainerResponse.CREATING)
+            if await self._is_whole(name):
+                return pb.CreateContainerResponse(status=pb.CreateContainerResponse.EXISTS)
+        except LxdError as error:
+            return _create_failed(name, one_line(error))
+        if not self._session.operation(Create, name):
+            self._begin(Create(self._session, name, source), context)
+        return pb.CreateContainerResponse(status=pb.CreateContainerResponse.CREATING)
+
+    async def _image_source(
+        self, request: pb.CreateContainerRequest
+    ) -> tuple[FromServer | FromFiles, str]:
+        if request.rootfs_path or request.metadata_path:
+            files = FromFiles(request.rootfs_path, request.metadata_path)
+            return files, await asyncio.to_thread(files_problem, files)
+        server = FromServer(image_server(request.image_server), request.image_alias)
+        if not request.image_server or not request.image_alias:
+            return server, (
+                "it takes image_server and image_alias, or rootfs_path and metadata_path"
+            )
+        if not server.server.startswith(("http://", "https://")):
+            return server, "the URL of the image server begins with neither http:// nor https://"
+        return server, ""
+
+    async def _is_whole(self, name: str) -> bool:
+        instance = await self._session.instance(name)
+        if instance is None:
+            return False
+        if instance["status"] != "Stopped" or self._session.operation(Start, name):
+            return True
+        return not await markers.is_unfinished(self._session.lxd, name)
+
+    async def DeleteContainer(
+        self,
+        request: pb.DeleteContainerRequest,
+        context: grpc.aio.ServicerContext[pb.DeleteContainerRequest, pb.DeleteContainerResponse],
+    ) -> pb.DeleteContainerResponse:
+        """Begins to remove a container."""
+        name = request.container_name
+        statuses = pb.DeleteContainerResponse
+        if problem := name_problem(name):
+            return statuses(status=statuses.FAILED, failure_reason=_cannot("delete", name, problem))
+        if self._session.operation(Delete, name):
+            return statuses(status=statuses.DELETING)
+        try:
+            there = self._session.operation(Create, name) or await self._session.instance(name)
+        except LxdError as error:
+            return statuses(
+                status=statuses.FAILED, failure_reason=_cannot("delete", name, one_line(error))
+            )
+        if not there:
+            return statuses(status=statuses.DOES_NOT_EXIST)
+        self._begin(Delete(self._session, name), context)
+        return statuses(status=statuses.DELETING)
+
+    async def StartContainer(
+        self,
+        request: pb.StartContainerRequest,
+        context: grpc.aio.ServicerContext[pb.StartContainerRequest, pb.StartContainerResponse],
+    ) -> pb.StartContainerResponse:
+        """Begins to start a container; a start that is quick is answered when it is over."""
+        name = request.container_name
+        statuses = pb.StartContainerResponse
+        start = self._session.operation(Start, name)
+        if start is None:
+            try:
+                problem, running = await self._may_start(name)
+            except LxdError as error:
+                problem, running = one_line(error), False
+            if problem:
+                return statuses(
+                    status=statuses.FAILED, failure_reason=_cannot("start", name, problem)
+                )
+            if running:
+                return statuses(
+                    status=statuses.RUNNING, os_release=await read_os_release(self._session, name)
+                )
+            start = Start(self._session, request)
+            self._begin(start, context)
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await start.ended.wait()
+        except TimeoutError:
+            return statuses(status=statuses.STARTING, os_release=start.os_release)
+        if start.outcome is not Outcome.DONE:
+            return statuses(status=statuses.FAILED, failure_reason=start.reason)
+        return statuses(status=statuses.STARTED, os_release=start.os_release)
+
+    async def _may_start(self, name: str) -> tuple[str, bool]:
+        # Why a container cannot be started, or ""; and whether it runs already.
+        if problem := name_problem(name):
+            return problem, False
+        if self._session.operation(Create, name):
+            return "it is being created", False
+        if self._session.operation(Delete, name):
+            return "it is being deleted", False
+        instance = await self._session.instance(name)
+        if instance is None:
+            return "there is no such container", False
+        running = instance["status"] == "Running" and not self._session.operation(Stop, name)
+        return "", running
+
+    async def StopContainer(
+        self,
+        request: pb.StopContainerRequest,
+        context: grpc.aio.ServicerContext[pb.StopContainerRequest, pb.StopContainerResponse],
+    ) -> pb.StopContainerResponse:
+        """Begins to stop a container."""
+        name = request.container_name
+        statuses = pb.StopContainerResponse
+        if problem := name_problem(name):
+            return statuses(status=statuses.FAILED, failure_reason=_cannot("stop", name, problem))
+        if self._session.operation(Stop, name):
+            return statuses(status=statuses.STOPPING)
+        try:
+            instance = await self._session.instance(name)
+        except LxdError as error:
+            return statuses(
+                status=statuses.FAILED, failure_reason=_cannot("stop", name, one_line(error))
+            )
+        if instance is None:
+            return statuses(status=statuses.DOES_NOT_EXIST)
+        if instance["status"] == "Stopped" and not self._session.operation(Start, name):
+            return statuses(status=statuses.STOPPED)
+        self._begin(Stop(self._session, name), context)
+        return statuses(status=statuses.STOPPING)
+
+    async def GetContainerUsername(
+        self,
+        request: pb.GetContainerUsernameRequest,
+        context: grpc.aio.ServicerContext[
+            pb.GetContainerUsernameRequest, pb.GetContainerUsernameResponse
+        ],
+    ) -> pb.GetContainerUsernameResponse:
+        """The name and home of the user with uid 1000."""
+        del context
+        name = request.container_name
+        statuses = pb.GetContainerUsernameResponse
+        what = "find the user of"
+        try:
+            instance = None if name_problem(name) else await self._session.instance(name)
+            if instance is None:
+                return statuses(
+                    status=statuses.CONTAINER_NOT_FOUND,
+                    failure_reason=_cannot(what, name, "there is no such container"),
+                )
+            if instance["status"] != "Running":
+                return statuses(
+                    status=statuses.CONTAINER_NOT_RUNNING,
+                    failure_reason=_cannot(what, name, "it is not running"),
+                )
+            lxd = self._session.lxd
+            user = await lxd.in_thread(read_primary_user, lxd.socket_path, name)
+        except (LxdError, OSError) as error:
+            return statuses(
+                status=statuses.FAILED, failure_reason=_cannot(what, name, one_line(error))
+            )
+        if user is None:
+            return statuses(
+                status=statuses.USER_NOT_FOUND,
+                failure_reason=_cannot(what, name, "nobody has uid 1000"),
+            )
+        return statuses(status=statuses.SUCCESS, username=user.name, homedir=user.home)
+
+    async def SetUpUser(
+        self,
+        request: pb.SetUpUserRequest,
+        context: grpc.aio.ServicerContext[pb.SetUpUserRequest, pb.SetUpUserResponse],
+    ) -> pb.SetUpUserResponse:
+        """Makes the primary user of a container, running or not."""
+        del context
+        name = request.container_name
+        statuses = pb.SetUpUserResponse
+        problem = name_problem(name)
+        if not problem:
+            lock = self._account_locks.setdefault(name, asyncio.Lock())
+            try:
+                async with lock:
+                    plan = await self._session.lxd.in_thread(self._set_up_user, request)
+            except FileNotFoundError as error:
+                problem = str(error.strerror or error)
+            except (AccountError, LxdError, OSError) as error:
+                problem = one_line(error)
+            finally:
+                if not lock.locked():
+                    self._account_locks.pop(name, None)
+        if problem:
+            if request.container_username:
+                problem = problem.replace(request.container_username, "$USERNAME")
+            reason = _cannot("set up the user of", name, problem)
+            _log.warning("%s", reason)
+            return statuses(status=statuses.FAILED, failure_reason=reason)
+        _log.info("container %s has its user", name)
+        return statuses(
+            status=statuses.EXISTS if plan.existed else statuses.SUCCESS, username=plan.user.name
+        )
+
+    def _set_up_user(self, request: pb.SetUpUserRequest) -> Plan:
+        return set_up_user(
+            self._session.lxd.socket_path,
+            request.container_name,
+            request.container_username,
+            flush=self._session.flush,
+        )
+
+    async def GetContainerInfo(
+        self,
+        request: pb.GetContainerInfoRequest,
+        context: grpc.aio.ServicerContext[pb.GetContainerInfoRequest, pb.GetContainerInfoResponse],
+    ) -> pb.GetContainerInfoResponse:
+        """Whether a container runs, and its address."""
+        del context
+        name = request.container_name
+        statuses = pb.GetContainerInfoResponse
+        if problem := name_problem(name):
+            return statuses(
+                status=statuses.NOT_FOUND, failure_reason=_cannot("look at", name, problem)
+            )
+        try:
+            return await container_info(self._session, name)
+        except LxdError as error:
+            return statuses(
+                status=statuses.FAILED, failure_reason=_cannot("look at", name, one_line(error))
+            )
+
+    @staticmethod
+    def _begin(operation: Operation, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        def answered(_: object) -> None:
+            operation.answered.set()
+
+        context.add_done_callback(answered)  # type: ignore[arg-type]  # no Protocol in the stubs
+        operation.start()
+
+
+def _cannot(verb: str, container: str, why: str) -> str:
+    return f"cannot {verb} container {container}: {why}"
+
+
+def _create_failed(container: str, why: str) -> pb.CreateContainerResponse:
+    return pb.CreateContainerResponse(
+        status=pb.CreateContainerResponse.FAILED, failure_reason=_cannot("create", container, why)
+    )

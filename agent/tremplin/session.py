@@ -1,0 +1,96 @@
+"""What everything in tremplin shares: LXD, the reporter, the settings, the operations under way."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+from typing import NamedTuple
+
+from agent.tremplin.lxd_client import LxdClient, LxdNotFoundError
+from agent.tremplin.lxd_operations import LxdOperations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, TypeVar
+
+    from agent.options import Options
+    from agent.tremplin.operation import Operation
+    from agent.tremplin.reporter import Reporter
+
+    OperationT = TypeVar("OperationT", bound=Operation)
+
+
+class Settings(NamedTuple):
+    """The options of tremplin that its parts need; directories are absolute paths."""
+
+    lxd_dir: str
+    lxd_conf: str
+    lxd_subnet: str | None
+    token_dir: str
+    shared_dir: str
+    resolv_conf: str
+    download_timeout: float
+    """Seconds without a byte until a download is given up."""
+
+    @classmethod
+    def from_options(cls, options: Options) -> Settings:
+        """Reads the options that were given and the defaults of the others."""
+        return cls(
+            lxd_dir=options["tremplin.lxd_dir"],
+            lxd_conf=options["tremplin.lxd_conf"],
+            lxd_subnet=options["tremplin.lxd_subnet"],
+            token_dir=options["tremplin.token_dir"],
+            shared_dir=options["tremplin.shared_dir"],
+            resolv_conf=options["tremplin.resolv_conf"],
+            download_timeout=options["tremplin.download_timeout"],
+        )
+
+
+class Session:
+    """One LXD, one host, and what is going on between them."""
+
+    def __init__(self, settings: Settings, client: LxdClient, reporter: Reporter) -> None:
+        self.settings = settings
+        self.lxd = client
+        self.lxd_operations = LxdOperations(client)
+        self.reporter = reporter
+        self.lxd_is_up = asyncio.Event()
+        """Set while LXD's events flow."""
+        self.running: set[Operation] = set()
+        """Our long operations that have not ended."""
+
+    def operation(self, kind: type[OperationT], container: str) -> OperationT | None:
+        """The operation of that kind that is under way on a container."""
+        for operation in self.running:
+            if isinstance(operation, kind) and operation.container == container:
+                return operation
+        return None
+
+    def flush(self) -> None:
+        """Writes to the disk what the containers' files hold; blocks.
+
+        Raises OSError.
+        """
+        sync_filesystem(self.settings.lxd_dir)
+
+    async def instance(self, container: str) -> dict[str, Any] | None:
+        """LXD's description of a container, or None. Raises LxdError."""
+        try:
+            found = await self.lxd.get("instances", container)
+        except LxdNotFoundError:
+            return None
+        assert isinstance(found, dict)
+        return found
+
+
+def sync_filesystem(path: str) -> None:
+    """syncfs(2) of the filesystem that path is on. Raises OSError."""
+    library = ctypes.CDLL(None, use_errno=True)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if library.syncfs(descriptor) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,174 @@
+"""StartContainer: token, privilege level, LXD's start, and what the host is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+
+from agent.pb import tremplin_pb2 as pb
+from agent.tremplin import markers
+from agent.tremplin.container_files import ContainerFiles
+from agent.tremplin.lxd_client import LxdError
+from agent.tremplin.operation import Operation, OperationError, Outcome
+from agent.tremplin.remove import is_busy, token_path
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.tremplin.session import Session
+
+ANSWER_SECONDS = 2.0
+"""A start that is over by then is answered STARTED."""
+_HEARTBEAT_SECONDS = 30.0
+"""The newer host takes STARTING for a failure, so it is sent only while a start is really long."""
+_BUSY_SECONDS = 60.0
+"""How long a stop that LXD still has in hand may hold up the start."""
+_POLL_SECONDS = 0.1
+_PATH_IN_CONTAINER = "/dev/.container_token"
+_PRIVILEGE = {
+    pb.StartContainerRequest.UNPRIVILEGED: "false",
+    pb.StartContainerRequest.PRIVILEGED: "true",
+}
+
+
+class Start(Operation):
+    """Starts a container that is not running."""
+
+    verb = "start"
+
+    def __init__(self, session: Session, request: pb.StartContainerRequest) -> None:
+        super().__init__(session, request.container_name)
+        self._request = request
+        self.os_release = pb.OsRelease()
+        """What the container says of itself, as soon as it has been read."""
+
+    async def work(self) -> None:
+        """See Operation."""
+        heartbeat = asyncio.create_task(self._heartbeat())
+        try:
+            await self._prepare()
+            self.os_release = await read_os_release(self.session, self.container)
+            await self._start()
+            await markers.mark(self.session.lxd, self.container, markers.SET_UP)
+        finally:
+            heartbeat.cancel()
+
+    def report_end(self, outcome: Outcome, reason: str) -> None:
+        """See Operation."""
+        status = {
+            Outcome.DONE: pb.ContainerStartProgress.STARTED,
+            Outcome.CANCELLED: pb.ContainerStartProgress.CANCELLED,
+        }.get(outcome, pb.ContainerStartProgress.FAILED)
+        self._report(status, reason=reason)
+
+    def _report(
+        self, status: pb.ContainerStartProgress.Status.ValueType, *, reason: str = ""
+    ) -> None:
+        starting = status == pb.ContainerStartProgress.STARTING
+        self.session.reporter.report(
+            "UpdateStartStatus",
+            pb.ContainerStartProgress(
+                status=status, container_name=self.container, failure_reason=reason
+            ),
+            container=self.container,
+            kind=self if starting else None,
+            final=not starting,
+            held_until=self.answered,
+        )
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(_HEARTBEAT_SECONDS)
+            self._report(pb.ContainerStartProgress.STARTING)
+
+    async def _prepare(self) -> None:
+        instance = await self.session.instance(self.container)
+        if instance is None:
+            raise OperationError("there is no such container")
+        token_file = token_path(self.session.settings.token_dir, self.container)
+        await asyncio.to_thread(write_token, token_file, self._request.token)
+        wanted_config = {}
+        if self._request.privilege_level in _PRIVILEGE:
+            wanted_config["security.privileged"] = _PRIVILEGE[self._request.privilege_level]
+        wanted_devices = {
+            "container_token": {
+                "type": "disk",
+                "source": token_file,
+                "path": _PATH_IN_CONTAINER,
+                "required": "false",
+            }
+        }
+        changes = {
+            "config": {k: v for k, v in wanted_config.items() if instance["config"].get(k) != v},
+            "devices": {k: v for k, v in wanted_devices.items() if instance["devices"].get(k) != v},
+        }
+        if any(changes.values()):
+            await self.session.lxd.request("patch", "instances", self.container, json=changes)
+
+    async def _start(self) -> None:
+        # LXD shows a container as stopped before it has let go of it.
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + _BUSY_SECONDS
+        while True:
+            try:
+                await self.session.lxd_operations.run(
+                    "put", "instances", self.container, "state", json={"action": "start"}
+                )
+                return
+            except LxdError as error:
+                text = str(error)
+                if "already running" in text:
+                    return
+                if not is_busy(error) or clock() > deadline:
+                    raise
+            await asyncio.sleep(_POLL_SECONDS)
+
+
+async def read_os_release(session: Session, container: str) -> pb.OsRelease:
+    """The container's os-release(5), empty when it has none."""
+    try:
+        text = await session.lxd.in_thread(_read_os_release, session.lxd.socket_path, container)
+    except OSError:
+        return pb.OsRelease()
+    return parse_os_release(text)
+
+
+def parse_os_release(text: str) -> pb.OsRelease:
+    """os-release(5) as a message; lines that are not understood are passed over."""
+    values = {}
+    for line in text.splitlines():
+        key, equals, value = line.partition("=")
+        try:
+            words = shlex.split(value)
+        except ValueError:
+            continue
+        if equals and len(words) == 1:
+            values[key.strip()] = words[0]
+    return pb.OsRelease(
+        pretty_name=values.get("PRETTY_NAME", ""),
+        name=values.get("NAME", ""),
+        version=values.get("VERSION", ""),
+        version_id=values.get("VERSION_ID", ""),
+        id=values.get("ID", ""),
+    )
+
+
+def _read_os_release(socket_path: str, container: str) -> str:
+    with ContainerFiles(socket_path, container) as files:
+        for path in ("/etc/os-release", "/usr/lib/os-release"):
+            try:
+                return files.read(path).decode(errors="replace")
+            except FileNotFoundError:
+                pass
+    return ""
+
+
+def write_token(path: str, token: str) -> None:
+    """Writes a container's token, in one step; readable in the container, where ids are shifted."""
+    directory = os.path.dirname(path)
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    temporary = f"{path}.new"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(token)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
