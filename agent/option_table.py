@@ -31,6 +31,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:  # inf and nan, too, are floats
+        raise OptionError(f"not a number of seconds above 0: {text!r}")
+    return seconds
+
+
 def _interface(text: str) -> str:
     # dev_valid_name() of the kernel, IFNAMSIZ 16 with the NUL.
     if not 0 < len(text) < 16 or text in {".", ".."} or "/" in text or not text.isprintable():

@@ -42,8 +42,9 @@ TREMPLIN_PORT = 8890
 SHUTDOWN_SECONDS = 30.0
 """The contract's deadline of Shutdown, and how long the VM then may take to end."""
 
-POWER_OFF_LINE = "maitred: power off"
-"""PID 1's last words on the console: QEMU's exit code is the same for a panic."""
+CLEAN_LINE = "maitred: power off: clean"
+"""PID 1's last words when all processes ended and all disks were unmounted; QEMU's exit code is
+the same for a panic."""
 
 _DAEMON_SECONDS = 5.0
 _PANIC_SECONDS = 2.0  # panic=-1 ends QEMU by itself, unless it hangs in the panic
@@ -314,7 +315,7 @@ class Vm:
                 async with asyncio.timeout(timeout):
                     await self._ended.wait()
         await self.kill()
-        return POWER_OFF_LINE in self.boot_text
+        return CLEAN_LINE in self.boot_text
 
     async def wait_ended(self) -> None:
         """Waits until the VM is gone, by whatever cause."""

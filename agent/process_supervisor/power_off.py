@@ -93,9 +93,11 @@ def _unmount_all() -> list[str]:
 
     The root is made read-only instead of unmounted: this program runs from it.
     """
+    mounted = mount_points()
+    in_memory = {target for target, fstype in mounted if fstype == "tmpfs"}
     targets = [
         target
-        for target, _fstype in mount_points()
+        for target, _fstype in mounted
         if target != "/" and not any(f"{target}/".startswith(f"{kept}/") for kept in _KEPT)
     ]
     targets.reverse()
@@ -122,4 +124,5 @@ def _unmount_all() -> list[str]:
             syscalls.mount("", target, "", syscalls.MS_REMOUNT | syscalls.MS_RDONLY)
         except OSError:
             pass
-    return [f"{target} ({reasons[target]})" for target in targets]
+    # A tmpfs is kept busy by the sockets in it, this program's among them, and has nothing to lose.
+    return [f"{target} ({reasons[target]})" for target in targets if target not in in_memory]
