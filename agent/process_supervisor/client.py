@@ -212,8 +212,11 @@ class Client:
         return process
 
     def events(self) -> Iterator[Event]:
-        """Every event from now on. The connection is good for nothing else after this."""
+        """Every event from this call on. The connection is good for nothing else after it."""
         self.request("events")
+        return self._follow()
+
+    def _follow(self) -> Iterator[Event]:
         try:
             while True:
                 message = self._read()
