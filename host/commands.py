@@ -32,38 +32,47 @@ LXC_ENVIRONMENT = {
 }
 
 _TRIES = 3
+_MARK = "output-"
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Exit code, and stdout and stderr in one."""
+    """Exit code, stdout and stderr."""
 
     code: int
     output: str
+    errors: str = ""
 
 
 class GarbledError(Exception):
     """Some of the output was damaged on its way."""
 
 
+def is_transfer(line: str) -> bool:
+    """Whether a line of the console is a piece of some command's output on its way."""
+    return re.match(rf"{_MARK}[0-9a-f]{{16}}:", line) is not None
+
+
 def script(argv: Sequence[str], mark: str, *, directory: str = "/run") -> str:
     """A shell script that runs a command once and prints its output between marks.
 
-    Lines on the console: `MARK:n:base64:` for n = 0, 1, …, then `MARK:end:lines:code:sha256:`.
+    Lines on the console: `MARK:n:base64:` for n = 0, 1, …, then
+    `MARK:end:lines:code:bytes of stdout:sha256:`.
     directory: where the output is kept, so that a second run prints it again.
     """
     file = f"{directory}/{mark}"
     # The end comes twice: it is what is waited for, and another's line may hit it as well.
     print_it = (
-        f"base64 -w 60 {file} | {{ n=0; while read -r line; do "
+        f"cat {file} {file}.err | base64 -w 60 | {{ n=0; while read -r line; do "
         f"printf '\\n{mark}:%d:%s:\\n' $n \"$line\"; n=$((n + 1)); done; "
-        f"sum=$(cat {file} {file}.code | sha256sum); code=$(cat {file}.code); "
+        f"sum=$(cat {file} {file}.err {file}.code | sha256sum); "
+        f"code=$(cat {file}.code); size=$(stat -c %s {file}); "
         f"for _ in 1 2; do "
-        f"printf '\\n{mark}:end:%d:%d:%s:\\n' $n $code \"${{sum%% *}}\"; done; }}"
+        f"printf '\\n{mark}:end:%d:%d:%d:%s:\\n' $n $code $size \"${{sum%% *}}\"; done; }}"
     )
     return (
-        f"test -e {file}.code || "
-        f"{{ {shlex.join(argv)} </dev/null >{file} 2>&1; echo $? >{file}.code; }}\n{print_it}\n"
+        f"test -e {file}.code || {{ {shlex.join(argv)} </dev/null >{file} 2>{file}.err; "
+        f"echo $? >{file}.code; }}\n{print_it}\n"
     )
 
 
@@ -72,10 +81,10 @@ def parse(text: str, mark: str) -> Finished:
 
     Raises GarbledError when a line is missing or damaged.
     """
-    ends = re.findall(rf"{mark}:end:(\d+):(\d+):([0-9a-f]{{64}}):", text)
+    ends = re.findall(rf"{mark}:end:(\d+):(\d+):(\d+):([0-9a-f]{{64}}):", text)
     if not ends:
         raise GarbledError
-    lines, code, digest = ends[-1]
+    lines, code, size, digest = ends[-1]
     pieces = dict(re.findall(rf"{mark}:(\d+):([A-Za-z0-9+/=]*):", text))
     try:
         data = b"".join(
@@ -85,7 +94,8 @@ def parse(text: str, mark: str) -> Finished:
         raise GarbledError from None
     if hashlib.sha256(data + f"{code}\n".encode()).hexdigest() != digest:
         raise GarbledError
-    return Finished(int(code), data.decode(errors="replace"))
+    output, errors = data[: int(size)], data[int(size) :]
+    return Finished(int(code), output.decode(errors="replace"), errors.decode(errors="replace"))
 
 
 async def run_in_guest(
@@ -96,7 +106,7 @@ async def run_in_guest(
     env: added to the agent's own; timeout: seconds.
     Raises HostError when it cannot be launched or takes too long, VmDiedError.
     """
-    mark = f"out-{secrets.token_hex(8)}"
+    mark = _MARK + secrets.token_hex(8)
     what = f"run {argv[0]} in the VM"
     for _ in range(_TRIES):
         start = len(vm.console.text)

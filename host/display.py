@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
+from host.commands import is_transfer
 from host.status import ContainerStatus, GuestInfo, Status
 
 if TYPE_CHECKING:
@@ -125,4 +126,6 @@ class ConsoleLines:
         """Takes bytes as they come."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            self._show("  | " + line.decode(errors="replace").strip("\r"))
+            text = line.decode(errors="replace").strip("\r")
+            if text and not is_transfer(text):
+                self._show(f"  | {text}")

@@ -185,7 +185,7 @@ class _Session:
         if done.code:
             raise HostError(
                 f"cannot run {_SHOWN[0]} in the container: exit code {done.code}: "
-                f"{done.output.strip()}"
+                f"{' '.join((done.errors or done.output).split())}"
             )
         return done.output.splitlines()
 

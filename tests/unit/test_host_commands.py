@@ -27,19 +27,26 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("argv", "output", "code"),
+    ("argv", "output", "errors", "code"),
     [
-        (["printf", "two\\nlines"], "two\nlines", 0),
-        (["true"], "", 0),
-        (["/bin/sh", "-c", "echo 'a  b' \"$0\"; echo err >&2; exit 7"], "a  b /bin/sh\nerr\n", 7),
-        (["seq", "1", "2000"], "".join(f"{n}\n" for n in range(1, 2001)), 0),
-        (["printf", "mark:0:eHg=:"], "mark:0:eHg=:", 0),
+        (["printf", "two\\nlines"], "two\nlines", "", 0),
+        (["true"], "", "", 0),
+        (
+            ["/bin/sh", "-c", "echo 'a  b' \"$0\"; echo err >&2; exit 7"],
+            "a  b /bin/sh\n",
+            "err\n",
+            7,
+        ),
+        (["seq", "1", "2000"], "".join(f"{n}\n" for n in range(1, 2001)), "", 0),
+        (["printf", "mark:0:eHg=:"], "mark:0:eHg=:", "", 0),
     ],
 )
-def test_output_comes_back(argv: list[str], output: str, code: int, tmp_path: object) -> None:
+def test_output_comes_back(
+    argv: list[str], output: str, errors: str, code: int, tmp_path: object
+) -> None:
     """A real shell runs the script; every byte and the exit code come back."""
     text = _on_console(str(tmp_path), argv, "mark")
-    assert commands.parse(text, "mark") == commands.Finished(code, output)
+    assert commands.parse(text, "mark") == commands.Finished(code, output, errors)
 
 
 def test_command_runs_once_and_output_is_printed_again(tmp_path: object) -> None:
