@@ -25,7 +25,7 @@ from agent.pb import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 EMPTY = common_pb2.EmptyMessage()
@@ -144,3 +144,39 @@ class Vm:
     def ip(self, *words: str) -> Any:
         """What ip(8) says in the namespaces, as JSON."""
         return json.loads(self.inside("ip", "-j", "-d", *words) or "[]")
+
+
+def in_vm(
+    directory: Path,
+    scenario: Callable[[Vm], Coroutine[Any, Any, None]],
+    *,
+    before: str = "",
+    options: Sequence[str] = (),
+) -> None:
+    """Runs a scenario in a VM of its own; the console is shown when it fails."""
+
+    async def run() -> None:
+        async with Vm(directory, before=before, options=options) as vm:
+            try:
+                await scenario(vm)
+            except BaseException:
+                sys.stderr.write(vm.console.read_text(errors="replace"))
+                raise
+            console = vm.console.read_text(errors="replace")
+            assert "Traceback" not in console, console
+
+    asyncio.run(run())
+
+
+async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
+    """Status and details of a call that must be refused."""
+    try:
+        answer = await call
+    except grpc.aio.AioRpcError as error:
+        return error.code(), error.details() or ""
+    raise AssertionError(f"not refused: {answer}")
+
+
+def fixed32(address: str) -> int:
+    """An IPv4 address as it stands in IPv4Config on the wire."""
+    return int.from_bytes(bytes(map(int, address.split("."))), "little")
