@@ -119,6 +119,12 @@ TREMPLIN = (
         "60",
         "seconds without a byte until a download is given up",
     ),
+    Option(
+        "tremplin.command",
+        parse_path,
+        None,
+        "program that maitred runs in tremplin's place, given the options as arguments",
+    ),
 )
 
 ALL = MAITRED + TREMPLIN

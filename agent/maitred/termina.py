@@ -44,7 +44,7 @@ class Termina:
         try:
             subnet = ipv4.check_bridge_subnet(request.lxd_ipv4_subnet)
             device = check_device(request.stateful_device)
-            tremplin = self._tremplin_options(str(subnet))
+            tremplin = self._tremplin_argv(str(subnet))
             async with self._one_at_a_time:
                 await self._start(response, device=device, tremplin=tremplin)
         except stateful_disk.DiskError as error:
@@ -83,7 +83,7 @@ class Termina:
             await client.launch([_LXCFS, _LXCFS_DIR], name="lxcfs", respawn=True, backoff=True)
         response.status = Response.SUCCESS
 
-    def _tremplin_options(self, subnet: str) -> list[str]:
+    def _tremplin_argv(self, subnet: str) -> list[str]:
         given = self._options.given
         words = [word for word in self._options.words() if word.startswith("tremplin.")]
         if isinstance(self._options["maitred.listen"], UnixAddress) and isinstance(
@@ -96,13 +96,10 @@ class Termina:
         if "tremplin.run_dir" not in given:
             words.append(f"tremplin.run_dir={self._options['maitred.run_dir']}")
         words.append(f"tremplin.lxd_subnet={subnet}")
-        return [
-            sys.executable,
-            *(["-I"] if sys.flags.isolated else []),
-            "-m",
-            "agent.tremplin",
-            *words,
-        ]
+        if command := self._options["tremplin.command"]:
+            return [command, *words]
+        isolated = ["-I"] if sys.flags.isolated else []
+        return [sys.executable, *isolated, "-m", "agent.tremplin", *words]
 
 
 def check_device(path: str) -> str:

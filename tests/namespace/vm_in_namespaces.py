@@ -20,6 +20,7 @@ from agent.pb import (
     common_pb2,
     vm_crash_pb2,
     vm_crash_pb2_grpc,
+    vm_guest_pb2,
     vm_guest_pb2_grpc,
     vm_host_pb2_grpc,
 )
@@ -83,16 +84,17 @@ class Vm:
         await self.server.start()
         self.console = self.directory / "console"
         script = f'{self._before}\nexec "$@"'
-        self.process = subprocess.Popen(  # noqa: ASYNC220  # forks once, before anything waits
-            [
-                *("unshare", "-m", "-n", "-p", "-f", "--mount-proc", "--kill-child"),
-                *("sh", "-e", "-c", script, "sh"),
-                *(sys.executable, "-m", "agent.process_supervisor", *self._options),
-            ],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stderr=self.console.open("wb"),
-        )
+        with self.console.open("wb") as console:
+            self.process = subprocess.Popen(  # noqa: ASYNC220  # forks once, before anything waits
+                [
+                    *("unshare", "-m", "-n", "-p", "-f", "--mount-proc", "--kill-child"),
+                    *("sh", "-e", "-c", script, "sh"),
+                    *(sys.executable, "-m", "agent.process_supervisor", *self._options),
+                ],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stderr=console,
+            )
         try:
             async with asyncio.timeout(30):
                 await self.host.is_ready.wait()
@@ -131,9 +133,23 @@ class Vm:
         (pid,) = [pid for pid, argv in self.processes().items() if word in argv]
         return pid
 
-    def kill(self, word: str) -> None:
-        """SIGKILL for the child of PID 1 that has this word in its command line."""
-        os.kill(self.pid_of(word), signal.SIGKILL)
+    async def restart_maitred(self) -> None:
+        """SIGKILL for maitred; returns when PID 1's next one serves calls."""
+        before = self.pid_of("agent.maitred")
+        os.kill(before, signal.SIGKILL)
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    await self.maitred.LaunchProcess(
+                        vm_guest_pb2.LaunchProcessRequest(argv=["true"], wait_for_exit=True),
+                        wait_for_ready=True,
+                    )
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                        raise
+                else:
+                    if before not in self.processes():
+                        return
 
     def inside(self, *argv: str) -> str:
         """The output of a program in the namespaces."""
@@ -142,7 +158,7 @@ class Vm:
         return done.stdout
 
     def ip(self, *words: str) -> Any:
-        """What ip(8) says in the namespaces, as JSON."""
+        """The JSON that the ip command prints in the namespaces."""
         return json.loads(self.inside("ip", "-j", "-d", *words) or "[]")
 
 

@@ -1,0 +1,221 @@
+"""LaunchProcess, startup files, VmReady, crash reports and Shutdown with the real PID 1."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+
+from agent.pb import vm_guest_pb2
+from tests.namespace.vm_in_namespaces import EMPTY, Vm, in_vm, refusal
+
+Request = vm_guest_pb2.LaunchProcessRequest
+
+
+async def _launch(vm: Vm, *argv: str, **fields: object) -> tuple[str, int]:
+    request = Request(argv=argv, **fields)  # type: ignore[arg-type]  # any of its fields
+    response = await vm.maitred.LaunchProcess(request)
+    return vm_guest_pb2.ProcessStatus.Name(response.status), response.code
+
+
+def test_the_end_of_a_process_is_told(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        assert await _launch(vm, "sh", "-c", "exit 7", wait_for_exit=True) == ("EXITED", 7)
+        assert await _launch(vm, "/bin/true", wait_for_exit=True) == ("EXITED", 0)
+        killed = await _launch(vm, "sh", "-c", "kill -9 $$", wait_for_exit=True)
+        assert killed == ("SIGNALED", 9)
+        assert await _launch(vm, "sleep", "1000") == ("LAUNCHED", 0)
+
+    in_vm(tmp_path, scenario)
+
+
+def test_what_cannot_be_executed_has_failed(tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_text("no program")
+
+    async def scenario(vm: Vm) -> None:
+        for argv0 in ("no-such-program", "/no/such/program", str(plain), str(tmp_path)):
+            for fields in ({}, {"wait_for_exit": True}, {"respawn": True}):
+                status, _ = await _launch(vm, argv0, **fields)
+                assert status == "FAILED", (argv0, fields)
+
+    in_vm(tmp_path, scenario)
+
+
+def test_bad_requests_are_refused(tmp_path: Path) -> None:
+    bad = [
+        (Request(), "argv is empty"),
+        (Request(argv=["", "x"]), "argv is empty"),
+        (Request(argv=["true"], respawn=True, wait_for_exit=True), "exclude each other"),
+        (Request(argv=["true", "a\0b"]), "NUL"),
+        (Request(argv=["true"], env={"A=B": "c"}), "env"),
+        (Request(argv=["true", "x" * 100_000]), "longer than"),
+    ]
+
+    async def scenario(vm: Vm) -> None:
+        for request, why in bad:
+            code, details = await refusal(vm.maitred.LaunchProcess(request))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert why in details
+        assert len(vm.processes()) == 1
+
+    in_vm(tmp_path, scenario)
+
+
+def test_arguments_and_environment_arrive_and_the_session_is_its_own(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    async def scenario(vm: Vm) -> None:
+        script = f'echo "$1|$A|$PATH" >{out}; ps -o pid=,sid= -p $$ >>{out}'
+        answer = await _launch(
+            vm, "sh", "-c", script, "sh", "ä b", env={"A": "x=y ü"}, wait_for_exit=True
+        )
+        assert answer == ("EXITED", 0)
+        first, second = out.read_text().splitlines()
+        assert first == "ä b|x=y ü|/usr/bin:/usr/sbin:/bin:/sbin"
+        pid, sid = second.split()
+        assert pid == sid
+
+    in_vm(tmp_path, scenario)
+
+
+def test_many_calls_wait_at_once(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        fifo = tmp_path / "go"
+        os.mkfifo(fifo)
+        calls = [
+            asyncio.ensure_future(
+                _launch(vm, "sh", "-c", f"read x <{fifo}; exit {n % 100}", wait_for_exit=True)
+            )
+            for n in range(200)
+        ]
+        async with asyncio.timeout(60):
+            while len(vm.processes()) < 201:
+                assert await _launch(vm, "true", wait_for_exit=True) == ("EXITED", 0)
+        writer = os.open(fifo, os.O_WRONLY)
+        os.write(writer, b"x\n" * 200)
+        answers = await asyncio.wait_for(asyncio.gather(*calls), 60)
+        os.close(writer)
+        # A read on a fifo that another reader emptied sees its end when we close: also an exit.
+        assert answers == [("EXITED", n % 100) for n in range(200)]
+
+    in_vm(tmp_path, scenario)
+
+
+def test_a_caller_that_goes_leaves_the_process_alone(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        call = vm.maitred.LaunchProcess(Request(argv=["sleep", "1000"], wait_for_exit=True))
+        async with asyncio.timeout(20):
+            while len(vm.processes()) < 2:
+                await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert await _launch(vm, "true", wait_for_exit=True) == ("EXITED", 0)
+        assert vm.pid_of("sleep")
+
+    in_vm(tmp_path, scenario)
+
+
+def test_when_maitred_is_killed_processes_stay_and_vm_ready_is_not_sent_again(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "startup").mkdir()
+    (tmp_path / "startup" / "a.textproto").write_text('argv: "sleep" argv: "2000" respawn: true')
+
+    async def scenario(vm: Vm) -> None:
+        await _launch(vm, "sleep", "1000", respawn=True)
+        async with asyncio.timeout(20):
+            while len(vm.processes()) < 3:
+                await asyncio.sleep(0.01)
+        sleeps = {vm.pid_of("1000"), vm.pid_of("2000")}
+        await vm.restart_maitred()
+        assert {vm.pid_of("1000"), vm.pid_of("2000")} == sleeps
+        assert vm.host.ready == 1
+
+    in_vm(tmp_path, scenario)
+
+
+def test_startup_files_run_in_order_and_bad_ones_are_passed_over(tmp_path: Path) -> None:
+    startup, out = tmp_path / "startup", tmp_path / "out"
+    startup.mkdir()
+    for name, text in {
+        "b": f'argv: "sh" argv: "-c" argv: "echo b >>{out}" wait_for_exit: true',
+        "a": f'argv: "sh" argv: "-c" argv: "echo a >>{out}" wait_for_exit: true',
+        "c": "this is no request",
+        "d": "wait_for_exit: true",
+        "e": 'argv: "/no/such/program"',
+        "z": f'argv: "touch" argv: "{tmp_path}/last"',
+    }.items():
+        (startup / f"{name}.textproto").write_text(text)
+    (startup / "ignored.txt").write_text("not ours")
+
+    async def scenario(vm: Vm) -> None:
+        async with asyncio.timeout(20):
+            while not (tmp_path / "last").exists():
+                await asyncio.sleep(0.01)
+        assert out.read_text() == "a\nb\n"
+        console = vm.console.read_text()
+        for name in ("c", "d"):
+            assert f"startup file {name}.textproto: cannot" in console
+        assert "startup file e.textproto: failed" in console
+
+    in_vm(tmp_path, scenario)
+
+
+def test_startup_files_can_be_turned_off(tmp_path: Path) -> None:
+    (tmp_path / "startup").mkdir()
+    (tmp_path / "startup" / "a.textproto").write_text('argv: "sleep" argv: "2000"')
+
+    async def scenario(vm: Vm) -> None:
+        await _launch(vm, "true", wait_for_exit=True)
+        assert len(vm.processes()) == 1
+
+    in_vm(tmp_path, scenario, options=["maitred.no_startup_processes"])
+
+
+def test_the_end_of_a_respawning_process_is_reported_by_its_name_only(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        await _launch(vm, "/bin/sleep", "1000", respawn=True)
+        os.kill(vm.pid_of("1000"), signal.SIGSEGV)
+        assert await asyncio.wait_for(vm.host.crashes.get(), 20) == "sleep"
+
+    in_vm(tmp_path, scenario)
+
+
+def test_shutdown_is_answered_and_then_done(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        await _launch(vm, "sleep", "1000", respawn=True)
+        await vm.maitred.Shutdown(EMPTY)
+        assert await asyncio.to_thread(vm.process.wait, 30) == 0
+        assert vm.console.read_text().splitlines()[-1].endswith("init: exit: clean")
+
+    in_vm(tmp_path, scenario)
+
+
+def test_a_waiting_call_ends_unavailable_when_pid_1_goes(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        call = asyncio.ensure_future(_launch(vm, "sleep", "1000", wait_for_exit=True))
+        async with asyncio.timeout(20):
+            while len(vm.processes()) < 2:
+                await asyncio.sleep(0)
+        vm.process.kill()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(call, 20)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+    in_vm(tmp_path, scenario)
+
+
+def test_sigterm_ends_maitred_cleanly(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        os.kill(vm.pid_of("agent.maitred"), signal.SIGTERM)
+        async with asyncio.timeout(20):
+            while "maitred exited: status exited, code 0" not in vm.console.read_text():
+                await asyncio.sleep(0.01)
+
+    in_vm(tmp_path, scenario)
