@@ -26,16 +26,6 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0.0 < seconds < float("inf"):
-        raise OptionError(f"not a number of seconds: {text!r}")
-    return seconds
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
     if not 0 < seconds < 1e9:  # inf and nan, too, are floats
         raise OptionError(f"not a number of seconds above 0: {text!r}")
     return seconds
