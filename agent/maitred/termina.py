@@ -72,6 +72,7 @@ class Termina:
         await client.launch(
             tremplin,
             name="tremplin",
+            console=True,
             respawn=True,
             backoff=True,
             stop_signal="SIGPWR",

@@ -99,7 +99,7 @@ def test_console_has_stage_lines_and_no_traceback(up: tuple[TestVm, Reached]) ->
     """Every program of ours says what it does, with the time since the kernel started."""
     text = up[0].vm.boot_text
     assert "Traceback" not in text
-    for program in ("process_supervisor", "maitred", "tremplin"):
+    for program in ("init", "maitred", "tremplin"):
         assert re.search(rf"^\[ *\d+\.\d{{3}}\] {program}: ", text, re.MULTILINE), program
 
 

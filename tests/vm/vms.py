@@ -31,7 +31,7 @@ _BOOT_SECONDS = 60.0
 def _hung(vm: Vm) -> bool:
     """Whether the guest's kernel is stuck, rather than something of ours."""
     return any(sign in vm.boot_text for sign in ("soft lockup", "detected stalls")) or (
-        "initrd" not in vm.boot_text and "process_supervisor" not in vm.boot_text
+        "initrd" not in vm.boot_text and "] init: " not in vm.boot_text
     )
 
 
