@@ -64,6 +64,14 @@ def is_username(text: str) -> bool:
     return _USERNAME.fullmatch(text) is not None
 
 
+def without_name(text: str, username: str) -> str:
+    """Text with $USERNAME wherever the name of the person stands by itself."""
+    if not username:
+        return text
+    inside = r"[A-Za-z0-9_-]"
+    return re.sub(rf"(?<!{inside}){re.escape(username)}(?!{inside})", "$USERNAME", text)
+
+
 def find_user(passwd: str, uid: int) -> User | None:
     """The first user with that uid."""
     return next((user for user in _users(passwd) if user.uid == uid), None)
@@ -84,8 +92,10 @@ def plan(files: AccountFiles, username: str, *, shell: str, no_shell: str) -> Pl
     existed = primary is not None
     if primary is None:
         primary, files = _add_primary(files, username, shell)
+    files = _add_group_password(files, primary.name)
     for name, number in _SERVICE_ACCOUNTS:
         files = _add_service_account(files, name, number, no_shell)
+        files = _add_group_password(files, name)
     for name in [name for name, _ in _SERVICE_ACCOUNTS] + list(_OPTIONAL_GROUPS):
         files = _join(files, primary.name, name)
     return Plan(files, primary, existed)
@@ -128,10 +138,15 @@ def _add_user(files: AccountFiles, user: User, shell: str) -> AccountFiles:
 
 
 def _add_group(files: AccountFiles, name: str, gid: int) -> AccountFiles:
+    return files._replace(group=_append(files.group, f"{name}:x:{gid}:"))
+
+
+def _add_group_password(files: AccountFiles, name: str) -> AccountFiles:
+    # Apart from the group itself: a kill between the two files leaves one of them behind.
     gshadow = files.gshadow
-    if gshadow is not None and not _has_entry(gshadow, name):
-        gshadow = _append(gshadow, f"{name}:!::")
-    return files._replace(group=_append(files.group, f"{name}:x:{gid}:"), gshadow=gshadow)
+    if gshadow is None or _has_entry(gshadow, name) or not _has_entry(files.group, name):
+        return files
+    return files._replace(gshadow=_append(gshadow, f"{name}:!::"))
 
 
 def _join(files: AccountFiles, member: str, group: str) -> AccountFiles:

@@ -5,6 +5,7 @@ what LXD does in the background afterwards is for lxd_operations.py.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,8 @@ class LxdClient:
         """lxd_dir: LXD's directory; the socket in it need not exist yet."""
         self.socket_path = f"{lxd_dir}/unix.socket"
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="lxd")
+        # It warns of each connection beyond the one that it keeps.
+        logging.getLogger("urllib3").setLevel(logging.ERROR)
         self._client: pylxd.Client | None = None
         self._lock = threading.Lock()
 

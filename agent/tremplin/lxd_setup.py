@@ -85,7 +85,11 @@ async def _set_up_profile(session: Session) -> None:
     wanted_devices = {
         "root": {"type": "disk", "path": "/", "pool": "default"},
         "eth0": {"type": "nic", "name": "eth0", "nictype": "bridged", "parent": "lxdbr0"},
-        "shared": {
+        "fuse": _device("/dev/fuse"),
+        "tun": _device("/dev/net/tun"),
+    }
+    if os.path.isdir(session.settings.shared_dir):
+        wanted_devices["shared"] = {
             "type": "disk",
             "source": session.settings.shared_dir,
             "path": "/mnt/chromeos",
@@ -93,10 +97,9 @@ async def _set_up_profile(session: Session) -> None:
             "recursive": "true",
             "propagation": "rslave",
             "required": "false",
-        },
-        "fuse": _device("/dev/fuse"),
-        "tun": _device("/dev/net/tun"),
-    }
+        }
+    else:
+        _log.warning("containers have no /mnt/chromeos: no %s here", session.settings.shared_dir)
     profile = await session.lxd.get("profiles", "default")
     config = profile["config"] | wanted_config
     devices = profile["devices"] | wanted_devices

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_SETUP_RETRY_SECONDS = 1.0
+_SETUP_RETRY_SECONDS = (0.5, 15.0)
 _STOP_SECONDS = 1.8
 """What the containers get when the VM goes down, before LXD itself is told to stop them."""
 _FAREWELL_SECONDS = 0.2
@@ -109,6 +109,8 @@ async def _follow(session: Session) -> None:
 
 async def _ready(session: Session, stopping: asyncio.Future[signal.Signals]) -> None:
     # Returns when LXD is up and set up, or when we are to stop.
+    delay = _SETUP_RETRY_SECONDS[0]
+    problem = ""
     while not stopping.done():
         up = asyncio.ensure_future(session.lxd_is_up.wait())
         either: list[asyncio.Future[Any]] = [up, stopping]
@@ -117,11 +119,15 @@ async def _ready(session: Session, stopping: asyncio.Future[signal.Signals]) -> 
         if stopping.done():
             return
         try:
-            _log.info("LXD answers")
+            if not problem:
+                _log.info("LXD answers")
             await set_up_lxd(session)
         except LxdError as error:
-            _log.error("cannot set up LXD: %s", error)
-            await asyncio.wait([stopping], timeout=_SETUP_RETRY_SECONDS)
+            if problem != str(error):
+                problem = str(error)
+                _log.error("cannot set up LXD: %s", problem)
+            await asyncio.wait([stopping], timeout=delay)
+            delay = min(delay * 2, _SETUP_RETRY_SECONDS[1])
         else:
             return
 

@@ -11,7 +11,7 @@ import logging
 from agent.pb import tremplin_pb2 as pb
 from agent.pb.tremplin_pb2_grpc import TremplinServicer
 from agent.tremplin import markers
-from agent.tremplin.accounts import AccountError
+from agent.tremplin.accounts import AccountError, without_name
 from agent.tremplin.create import Create, FromFiles, FromServer, files_problem, image_server
 from agent.tremplin.info import container_info
 from agent.tremplin.lxd_client import LxdError
@@ -258,8 +258,7 @@ class Servicer(TremplinServicer):
                 if not lock.locked():
                     self._account_locks.pop(name, None)
         if problem:
-            if request.container_username:
-                problem = problem.replace(request.container_username, "$USERNAME")
+            problem = without_name(problem, request.container_username)
             reason = _cannot("set up the user of", name, problem)
             _log.warning("%s", reason)
             return statuses(status=statuses.FAILED, failure_reason=reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 
 from agent.pb import tremplin_pb2 as pb
@@ -48,7 +49,10 @@ class Start(Operation):
         try:
             await self._prepare()
             self.os_release = await read_os_release(self.session, self.container)
-            await self._start()
+            try:
+                await self._start()
+            except LxdError as error:
+                raise OperationError(await self._reason(error)) from None
             await markers.mark(self.session.lxd, self.container, markers.SET_UP)
         finally:
             heartbeat.cancel()
@@ -122,6 +126,29 @@ class Start(Operation):
                 if not is_busy(error) or clock() > deadline:
                     raise
             await asyncio.sleep(_POLL_SECONDS)
+
+    async def _reason(self, error: LxdError) -> str:
+        # LXD itself says only that its helper failed; the reason is in the log of liblxc.
+        if "lxc.conf" not in str(error):
+            return str(error)
+        try:
+            log = await self.session.lxd.in_thread(self._read_log)
+        except LxdError:
+            return str(error)
+        return first_error(log) or str(error)
+
+    def _read_log(self) -> str:
+        path = ("instances", self.container, "logs", "lxc.log")
+        return str(self.session.lxd.call("get", path, is_api=False).text)
+
+
+def first_error(log: str) -> str:
+    """The first error in a log of liblxc, without its time and place in the source, or ""."""
+    for line in log.splitlines():
+        found = re.search(r"\bERROR\s+\S+ - \S+:\S+:\d+ - (.*)", line)
+        if found is not None:
+            return found[1]
+    return ""
 
 
 async def read_os_release(session: Session, container: str) -> pb.OsRelease:

@@ -11,8 +11,8 @@ name_of_tests=termina-lxd
 
 # The directory of our own cgroup in a hierarchy, as /proc/self/cgroup and mountinfo know it.
 hierarchies() {
-    local id controllers path mount
-    while IFS=: read -r id controllers path; do
+    local controllers path mount
+    while IFS=: read -r _ controllers path; do
         if [[ -z $controllers ]]; then
             mount=$(findmnt -n -t cgroup2 -o TARGET | head -n 1)
         else

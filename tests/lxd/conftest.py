@@ -1,0 +1,59 @@
+"""A real LXD for a whole session of tests, in namespaces of its own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.lxd.host import Host, Tremplin
+from tests.lxd.machine import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def machine() -> Iterator[Machine]:
+    """Namespaces with LXD and an image server in them."""
+    if os.geteuid() != 0:
+        pytest.fail("these tests make namespaces and cgroups: run them as root")
+    directory = Path(tempfile.mkdtemp(prefix="lxd-", dir="/var/tmp"))
+    # The root user of an unprivileged container has to get through.
+    directory.chmod(0o711)
+    try:
+        with Machine(directory) as machine:
+            machine.start_lxd()
+            machine.serve_images()
+            yield machine
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def host(machine: Machine) -> Iterator[Host]:
+    """The host's listener."""
+    host = Host(machine.directory / "host.sock")
+    yield host
+    host.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_tremplin(machine: Machine, host: Host) -> Tremplin:
+    """One tremplin for all tests that leave it as it is."""
+    return Tremplin(machine, host, download_timeout="3")
+
+
+@pytest.fixture
+def tremplin(shared_tremplin: Tremplin) -> Iterator[Tremplin]:
+    """Tremplin on an LXD without containers."""
+    yield shared_tremplin
+    shared_tremplin.host.hooks.clear()
+    machine = shared_tremplin.machine
+    machine.behave()
+    for name in machine.containers():
+        machine.run("lxc", "delete", "--force", name)

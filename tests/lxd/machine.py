@@ -1,0 +1,216 @@
+"""The small machine of namespace.sh for the tests: LXD, an image server and tremplin in it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pylxd
+
+from image import container, simplestreams
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Self
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+_PORT = 8000
+_SECONDS = 60.0
+
+
+def wait_until(condition: Callable[[], Any], what: str, *, seconds: float = _SECONDS) -> Any:
+    """The first true result of condition; for what no event can be waited for."""
+    deadline = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result:
+            return result
+        assert time.monotonic() < deadline, f"{what} did not come in {seconds} s"
+        time.sleep(0.02)
+
+
+class Machine:
+    """Namespaces with a data disk, torn down with everything in them by close()."""
+
+    def __init__(self, directory: Path) -> None:
+        """directory: on a disk, not too deep: paths of unix sockets are short."""
+        self.directory = directory
+        self.lxd_dir = directory / "stateful/lxd"
+        self.behaviour_file = directory / "behaviour.json"
+        self._servers = itertools.count()
+        self._children: list[subprocess.Popen[str]] = []
+        self._init = subprocess.Popen(
+            [HERE / "namespace.sh", directory],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self._init.stdout is not None
+        while (line := self._init.stdout.readline()) != "ready\n":
+            assert line, "the namespaces did not come up"
+        children = Path(f"/proc/{self._init.pid}/task/{self._init.pid}/children").read_text()
+        self.init_pid = int(children)
+        self._lxd: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends every process in the namespaces and removes their cgroups."""
+        assert self._init.stdin is not None
+        assert self._init.stdout is not None
+        self._init.stdin.close()
+        self._init.wait(_SECONDS)
+        self._init.stdout.close()
+        for child in self._children:
+            child.wait(_SECONDS)
+        for line in (self.directory / "cgroup").read_text().splitlines():
+            for folder, _, _ in os.walk(line, topdown=False):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+
+    def _inside(self, command: Sequence[str | Path]) -> list[str]:
+        enter = ["nsenter", "-t", str(self.init_pid), "-m", "-n", "-p", "-C"]
+        lxd = ["env", f"LXD_DIR={self.lxd_dir}", f"LXD_CONF={self.directory}/stateful/lxd_conf"]
+        # Entering another mount namespace would otherwise lead to its root directory.
+        return [*enter, f"--wdns={ROOT}", "--", *lxd, *map(str, command)]
+
+    def run(self, *command: str | Path, check: bool = True) -> str:
+        """What a command prints that is run inside."""
+        result = subprocess.run(
+            self._inside(command),
+            capture_output=True, text=True, check=False, timeout=_SECONDS, cwd=ROOT,
+        )  # fmt: skip
+        assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
+        return result.stdout
+
+    def spawn(self, *command: str | Path, **options: Any) -> subprocess.Popen[str]:
+        """A process inside; close() ends it. The pid is that of nsenter, see inner_pid()."""
+        child = subprocess.Popen(
+            self._inside(command), text=True, stdin=subprocess.DEVNULL, cwd=ROOT, **options
+        )
+        self._children.append(child)
+        return child
+
+    @staticmethod
+    def inner_pid(child: subprocess.Popen[str]) -> int:
+        """The pid, on the machine outside, of a process that was spawned inside."""
+        path = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        return int(wait_until(path.read_text, "the child of nsenter"))
+
+    def kill(self, child: subprocess.Popen[str], number: signal.Signals) -> None:
+        """Sends a signal to a process that was spawned inside, and returns when it has ended."""
+        os.kill(self.inner_pid(child), number)
+        child.wait(_SECONDS)
+
+    def start_lxd(self) -> None:
+        """Starts LXD and returns when it answers."""
+        self.run("mkdir", "-p", self.lxd_dir)
+        with (self.directory / "lxd.log").open("a") as log:
+            self._lxd = self.spawn(
+                "lxd",
+                "--group",
+                "lxd",
+                "--logfile",
+                self.lxd_dir / "lxd.log",
+                stdout=log,
+                stderr=log,
+            )
+        self.run("lxd", "waitready", "--timeout", "30")
+
+    def kill_lxd(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Ends LXD; containers go on."""
+        assert self._lxd is not None
+        self.kill(self._lxd, number)
+
+    @property
+    def api(self) -> Any:
+        """Pylxd's view of LXD's /1.0, from outside."""
+        socket = f"/proc/{self.init_pid}/root{self.lxd_dir}/unix.socket"
+        return pylxd.Client(endpoint=socket).api
+
+    def containers(self) -> dict[str, str]:
+        """Name and status of every container."""
+        found = self.api.instances.get(params={"recursion": "1"}).json()["metadata"]
+        return {one["name"]: one["status"] for one in found}
+
+    def images(self) -> list[str]:
+        """The fingerprints of LXD's images."""
+        return [path.rsplit("/", 1)[1] for path in self.api.images.get().json()["metadata"]]
+
+    def forget_images(self) -> None:
+        """Makes LXD download its images again."""
+        for fingerprint in self.images():
+            self.run("lxc", "image", "delete", fingerprint)
+
+    def serve_images(self) -> None:
+        """Makes the images of the tests and serves them inside.
+
+        `busybox` is one static program, `big` the same with 8 MiB that cannot be compressed.
+        """
+        tree = self.directory / "images"
+        small, big = self.directory / "small", self.directory / "big"
+        for folder in (small, big):
+            folder.mkdir()
+        container.busybox(small / "rootfs.squashfs", small)
+        (small / "root/padding").write_bytes(os.urandom(8 * 1024 * 1024))
+        container.squash(small / "root", big / "rootfs.squashfs")
+        simplestreams.write_tree(
+            tree,
+            [
+                simplestreams.Product(
+                    os=name, release="1", aliases=[name, f"{name}/1"],
+                    rootfs=folder / "rootfs.squashfs",
+                )
+                for name, folder in (("busybox", small), ("big", big))
+            ],
+        )  # fmt: skip
+        self.behave()
+        server = self.spawn(
+            sys.executable,
+            HERE / "image_server.py",
+            tree,
+            str(_PORT),
+            self.behaviour_file,
+            stdout=subprocess.PIPE,
+        )
+        assert server.stdout is not None
+        with server.stdout:
+            assert server.stdout.readline() == "ready\n"
+
+    def behave(self, **behaviour: Any) -> None:
+        """How the image server behaves from now on."""
+        temporary = self.behaviour_file.with_suffix(".new")
+        temporary.write_text(json.dumps(behaviour))
+        temporary.replace(self.behaviour_file)
+
+    def new_server(self) -> str:
+        """A URL of the image server that LXD has not seen yet."""
+        return f"http://127.0.0.1:{_PORT}/{next(self._servers)}"
+
+    def image_files(self, name: str) -> tuple[str, str]:
+        """The paths of an image's root filesystem and metadata."""
+        (rootfs,) = (self.directory / "images").rglob(f"{name}/**/rootfs.squashfs")
+        return str(rootfs), str(rootfs.with_name("lxd.tar.xz"))
+
+    @contextlib.contextmanager
+    def slow_down(self, rate: float) -> Iterator[None]:
+        """Images come at so many bytes per second."""
+        self.behave(rate=rate)
+        try:
+            yield
+        finally:
+            self.behave()

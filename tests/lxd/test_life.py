@@ -1,0 +1,228 @@
+"""A container's life through both flows of hosts: create, set up, start, look, stop, delete."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from agent.pb import tremplin_pb2 as pb
+from tests.lxd.machine import wait_until
+
+if TYPE_CHECKING:
+    from tests.lxd.host import Tremplin
+
+CREATION = pb.ContainerCreationProgress
+START = pb.StartContainerResponse
+
+
+def test_lxd_runs_already(tremplin: Tremplin) -> None:
+    """A host that calls StartLxd goes on at once."""
+    assert tremplin.call("StartLxd").status == pb.StartLxdResponse.ALREADY_RUNNING
+
+
+def test_newer_flow(tremplin: Tremplin) -> None:
+    """The user is set up and the container started from inside the handler of CREATED."""
+    answers: list[Any] = []
+
+    def on_create(message: Any) -> None:
+        if message.status == CREATION.CREATED:
+            answers.append(
+                tremplin.call("SetUpUser", container_name="penguin", container_username="emma")
+            )
+            answers.append(
+                tremplin.call("StartContainer", container_name="penguin", token="a-token")
+            )
+
+    tremplin.host.hooks["UpdateCreateStatus"] = on_create
+    assert tremplin.create("penguin").message.status == CREATION.CREATED
+    started = tremplin.host.wait_for("UpdateStartStatus", container="penguin")
+    assert started.message.status == pb.ContainerStartProgress.STARTED
+    user, start = answers
+    assert (user.status, user.username) == (pb.SetUpUserResponse.SUCCESS, "emma")
+    assert start.status in {START.STARTED, START.STARTING}
+    assert start.os_release.id
+
+    assert tremplin.run_in("penguin", "cat", "/dev/.container_token") == "a-token"
+    assert "uid=1000(emma) gid=1000(emma)" in tremplin.run_in("penguin", "id", "emma")
+    user = tremplin.call("GetContainerUsername", container_name="penguin")
+    assert user.status == pb.GetContainerUsernameResponse.SUCCESS
+    assert (user.username, user.homedir) == ("emma", "/home/emma")
+    address = wait_until(
+        lambda: tremplin.call("GetContainerInfo", container_name="penguin").ipv4_address,
+        "an address",
+    )
+    text = socket.inet_ntoa(struct.pack("<I", address))
+    assert text.startswith("100.115.92.")
+    assert text in tremplin.run_in("penguin", "ip", "addr", "show", "eth0")
+
+    again = tremplin.call("SetUpUser", container_name="penguin", container_username="emma")
+    assert (again.status, again.username) == (pb.SetUpUserResponse.EXISTS, "emma")
+    assert tremplin.call("StartContainer", container_name="penguin").status == START.RUNNING
+    assert (
+        tremplin.call(
+            "CreateContainer",
+            container_name="penguin",
+            image_server=tremplin.machine.new_server(),
+            image_alias="busybox",
+        ).status
+        == pb.CreateContainerResponse.EXISTS
+    )
+
+
+def test_older_flow(tremplin: Tremplin) -> None:
+    """No StartLxd; started first, set up afterwards; STARTED in the response to a quick start."""
+    assert tremplin.create("older").message.status == CREATION.CREATED
+    before = len(tremplin.host.reports)
+    start = tremplin.call("StartContainer", container_name="older", token="t")
+    assert start.status == START.STARTED
+    report = tremplin.host.wait_for("UpdateStartStatus", container="older", after=before)
+    assert report.message.status == pb.ContainerStartProgress.STARTED
+    user = tremplin.call("SetUpUser", container_name="older", container_username="lee")
+    assert (user.status, user.username) == (pb.SetUpUserResponse.SUCCESS, "lee")
+    assert "lee" in tremplin.run_in("older", "su", "-", "lee", "-c", "id -un")
+
+
+def test_stop_start_delete(tremplin: Tremplin) -> None:
+    """Each answer, each report, and files that are reachable in every state."""
+    tremplin.create("cycle")
+    host = tremplin.host
+    assert tremplin.call("StartContainer", container_name="cycle").status == START.STARTED
+    for _ in range(2):
+        before = len(host.reports)
+        stop = tremplin.call("StopContainer", container_name="cycle")
+        assert stop.status == pb.StopContainerResponse.STOPPING
+        # LXD has not let go of it yet when this arrives.
+        wait_until(lambda: tremplin.machine.containers()["cycle"] == "Stopped", "the stop")
+        start = tremplin.call("StartContainer", container_name="cycle")
+        assert start.status in {START.STARTED, START.STARTING}
+        host.wait_for("UpdateStartStatus", container="cycle", after=before)
+        stopped = host.wait_for("UpdateStopStatus", container="cycle", after=before)
+        assert stopped.message.status == pb.ContainerStopProgress.STOPPED
+        host.wait_for("ContainerShutdown", container="cycle", after=before)
+    before = len(host.reports)
+    tremplin.call("StopContainer", container_name="cycle")
+    host.wait_for("UpdateStopStatus", container="cycle", after=before)
+    again = tremplin.call("StopContainer", container_name="cycle")
+    assert again.status == pb.StopContainerResponse.STOPPED
+    info = tremplin.call("GetContainerInfo", container_name="cycle")
+    assert info.status == pb.GetContainerInfoResponse.STOPPED
+    user = tremplin.call("SetUpUser", container_name="cycle", container_username="kim")
+    assert (user.status, user.username) == (pb.SetUpUserResponse.SUCCESS, "kim")
+    name = tremplin.call("GetContainerUsername", container_name="cycle")
+    assert name.status == pb.GetContainerUsernameResponse.CONTAINER_NOT_RUNNING
+
+    delete = tremplin.call("DeleteContainer", container_name="cycle")
+    assert delete.status == pb.DeleteContainerResponse.DELETING
+    deleted = host.wait_for("UpdateDeletionStatus", container="cycle")
+    assert deleted.message.status == pb.ContainerDeletionProgress.DELETED
+    delete = tremplin.call("DeleteContainer", container_name="cycle")
+    assert delete.status == pb.DeleteContainerResponse.DOES_NOT_EXIST
+    assert "cycle" not in tremplin.machine.containers()
+    assert "cycle_token" not in tremplin.machine.run("ls", "/run/tokens")
+
+
+def test_from_files(tremplin: Tremplin) -> None:
+    """An image in two files of the VM becomes a container and leaves no image behind."""
+    tremplin.machine.forget_images()
+    rootfs, metadata = tremplin.machine.image_files("busybox")
+    response = tremplin.call(
+        "CreateContainer", container_name="files", rootfs_path=rootfs, metadata_path=metadata
+    )
+    assert response.status == pb.CreateContainerResponse.CREATING
+    end = tremplin.host.wait_for(
+        "UpdateCreateStatus", container="files", not_status=CREATION.DOWNLOADING
+    )
+    assert end.message.status == CREATION.CREATED, end
+    assert tremplin.machine.containers() == {"files": "Stopped"}
+    assert tremplin.machine.images() == []
+
+
+def test_privileged(tremplin: Tremplin) -> None:
+    """The privilege level is part of the start."""
+    tremplin.create("level")
+    for level, wanted in (
+        (pb.StartContainerRequest.PRIVILEGED, "true"),
+        (pb.StartContainerRequest.UNCHANGED, "true"),
+        (pb.StartContainerRequest.UNPRIVILEGED, "false"),
+    ):
+        before = len(tremplin.host.reports)
+        tremplin.call("StartContainer", container_name="level", privilege_level=level)
+        report = tremplin.host.wait_for("UpdateStartStatus", container="level", after=before)
+        assert report.message.status == pb.ContainerStartProgress.STARTED
+        found = tremplin.machine.run("lxc", "config", "get", "level", "security.privileged")
+        assert found.strip() == wanted
+        tremplin.machine.run("lxc", "stop", "--force", "level")
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "status", "reason"),
+    [
+        ("CreateContainer", {}, "FAILED", "needs a name"),
+        ("CreateContainer", {"container_name": "a"}, "FAILED", "image_server"),
+        ("CreateContainer", {"container_name": "a_b"}, "FAILED", "letters, digits and dashes"),
+        (
+            "CreateContainer",
+            {"container_name": "../x", "image_server": "http://h", "image_alias": "a"},
+            "FAILED",
+            "letters, digits and dashes",
+        ),
+        (
+            "CreateContainer",
+            {"container_name": "crostini-inprogress-create"},
+            "FAILED",
+            "being made",
+        ),
+        (
+            "CreateContainer",
+            {"container_name": "a", "rootfs_path": "/nonexistent", "metadata_path": "/etc/hosts"},
+            "FAILED",
+            "No such file",
+        ),
+        (
+            "CreateContainer",
+            {"container_name": "a", "image_server": "ftp://h", "image_alias": "a"},
+            "FAILED",
+            "https://",
+        ),
+        ("StartContainer", {}, "FAILED", "needs a name"),
+        ("StartContainer", {"container_name": "nobody"}, "FAILED", "no such container"),
+        ("StopContainer", {}, "FAILED", "needs a name"),
+        ("StopContainer", {"container_name": "nobody"}, "DOES_NOT_EXIST", ""),
+        ("DeleteContainer", {}, "FAILED", "needs a name"),
+        ("DeleteContainer", {"container_name": "nobody"}, "DOES_NOT_EXIST", ""),
+        ("SetUpUser", {}, "FAILED", "needs a name"),
+        (
+            "SetUpUser",
+            {"container_name": "nobody", "container_username": "u"},
+            "FAILED",
+            "no such container",
+        ),
+        ("GetContainerUsername", {}, "CONTAINER_NOT_FOUND", ""),
+        ("GetContainerUsername", {"container_name": "nobody"}, "CONTAINER_NOT_FOUND", ""),
+        ("GetContainerInfo", {}, "NOT_FOUND", ""),
+        ("GetContainerInfo", {"container_name": "nobody"}, "NOT_FOUND", ""),
+    ],
+)
+def test_bad_input(
+    tremplin: Tremplin, method: str, fields: dict[str, str], status: str, reason: str
+) -> None:
+    """The status says so, the reason why, and nothing has changed."""
+    response = tremplin.call(method, **fields)
+    assert type(response).Status.Name(response.status) == status
+    assert reason in response.failure_reason
+    assert tremplin.machine.containers() == {}
+
+
+@pytest.mark.parametrize("username", ["", "root", "a b", "-x", "x:y", "../../etc", "a" * 40])
+def test_bad_username(tremplin: Tremplin, username: str) -> None:
+    """No user is made, and what was given as a name is not repeated."""
+    tremplin.create("names")
+    before = tremplin.machine.run("lxc", "file", "pull", "names/etc/passwd", "-")
+    response = tremplin.call("SetUpUser", container_name="names", container_username=username)
+    assert response.status == pb.SetUpUserResponse.FAILED
+    assert "$USERNAME" in response.failure_reason
+    assert not username or username == "root" or username not in response.failure_reason
+    assert tremplin.machine.run("lxc", "file", "pull", "names/etc/passwd", "-") == before
