@@ -57,7 +57,7 @@ def _run_machine(words: list[str]) -> int:
     machine.set_hostname()
 
     def finish(killed: list[str]) -> None:
-        from agent.process_supervisor.power_off import power_off
+        from agent.process_supervisor.power_off import power_off  # loaded by then
 
         power_off(killed)
 
@@ -72,6 +72,8 @@ def _run_machine(words: list[str]) -> int:
 
     def afterwards() -> None:
         machine.apply_settings()
+        import agent.process_supervisor.power_off  # noqa: F401  # with what load_the_rest loads
+
         if modules := machine.modules():
             supervisor.launch_once(["/sbin/modprobe", "-a", *modules], name="modprobe")
 
@@ -114,6 +116,7 @@ def _run_guest_of_machine(options: Options) -> int:
         write_line("init", f"cannot listen on {error.filename}: {error.strerror}")
         return 1
     supervisor.launch_maitred(_maitred_argv(options))
+    supervisor.load_the_rest()
     supervisor.run()
     return 0
 

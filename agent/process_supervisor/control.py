@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 
 from agent.console import write_line
 from agent.process_supervisor.lean import dumps, socket
@@ -114,13 +113,20 @@ class Control:
             return
         connection = socket.socket(fileno=fd)
         connection.setblocking(False)
-        pid, uid, _gid = struct.unpack(
-            "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        )
+        # struct ucred: pid, uid, gid as 32-bit integers, unix(7).
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        pid, uid = memoryview(credentials).cast("i")[:2]
         if uid not in {0, os.geteuid()}:
             connection.close()
             return
         self.clients.add(Connection(self, connection, pid))
+
+    def close(self) -> None:
+        """Stops listening and drops every client."""
+        for client in list(self.clients):
+            client.close()
+        self.loop.forget(self._server.fileno())
+        self._server.close()
 
     def emit(self, event: str, key: str, fields: dict[str, Any]) -> None:
         """Tells every client that follows events."""

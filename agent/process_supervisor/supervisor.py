@@ -12,7 +12,6 @@ from agent.process_supervisor.control import Control, listen
 from agent.process_supervisor.lean import signal
 from agent.process_supervisor.loop import Loop, report
 from agent.process_supervisor.protocol import ProcessSpec, ProtocolError, socket_path
-from agent.process_supervisor.shutdown import Shutdown
 from agent.process_supervisor.spawn import Stdio, spawn
 from agent.process_supervisor.table import Table
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from agent.process_supervisor.shutdown import Shutdown
     from agent.process_supervisor.table import Process
 
 _REAPED_PER_TURN = 1000
@@ -105,6 +105,13 @@ class Supervisor:
         except ProtocolError as error:
             write_line("init", str(error))
 
+    @staticmethod
+    def load_the_rest() -> None:
+        """Imports what only the end needs: not before maitred runs, as that would hold it up, and
+        not at the end, when the disk may be gone.
+        """
+        import agent.process_supervisor.shutdown  # noqa: F401
+
     def run(self) -> None:
         """The rest of PID 1's life; returns when the shutdown has ended."""
         self._reap()  # what was inherited: the children of the initial RAM filesystem
@@ -118,6 +125,8 @@ class Supervisor:
         """Begins the shutdown; once begun it goes on to the end."""
         if self._shutdown:
             return
+        from agent.process_supervisor.shutdown import Shutdown  # late: see load_the_rest
+
         write_line("init", f"shutting down: {reason}")
         if self._control:
             self._control.emit("shutdown", "", {"reason": reason})
@@ -132,6 +141,8 @@ class Supervisor:
 
     def _finished(self, killed: list[str]) -> None:
         self._running = False
+        if self._control:
+            self._control.close()  # its socket would keep the filesystem of the run directory busy
         self._finish(killed)
 
     def _reap(self) -> None:
