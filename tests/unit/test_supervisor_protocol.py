@@ -54,7 +54,9 @@ def refusal(call: Callable[[], object]) -> str | None:
 @given(ANY_JSON)
 def test_lean_json_agrees_with_json(value: object) -> None:
     text = json.dumps(value)
-    if "NaN" in text or "Infinity" in text:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
         with pytest.raises(ValueError, match="JSON"):
             dumps(value)
         with pytest.raises(ValueError, match="JSON"):
