@@ -124,7 +124,7 @@ class Create(Operation):
                 failure_reason=reason,
             ),
             container=self.container,
-            kind=self if downloading else None,
+            kind=self,
             final=not downloading,
             held_until=self.answered,
         )

@@ -51,7 +51,9 @@ class LxdOperation:
             self._ended.set_exception(LxdCancelledError("it was cancelled"))
         elif code == _FAILURE:
             reason = state.get("err") or "LXD gives no reason"
-            kind = LxdCancelledError if self.cancelled else LxdError
+            # Of a cancelled operation LXD also says this, at times without having said Cancelled.
+            cancelled = self.cancelled or reason == "context canceled"
+            kind = LxdCancelledError if cancelled else LxdError
             self._ended.set_exception(kind(reason))
         elif self._on_change is not None:
             self._on_change(state)

@@ -48,6 +48,7 @@ class Delete(Operation):
                 status=status, container_name=self.container, failure_reason=reason
             ),
             container=self.container,
+            kind=self,
             held_until=self.answered,
         )
 

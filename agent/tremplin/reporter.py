@@ -79,7 +79,7 @@ class Reporter:
         """Sends message, as soon as the host can be reached, after what was reported before it.
 
         method: of TremplinListener; container: whose order it is part of, "" for LXD itself.
-        kind: with final=False, of what it is the progress: a later report of the same kind may
+        kind: the operation it is about. With final=False a later report of the same operation may
             take its place while it waits.
         held_until: it is not sent, nor what follows it, before this is set.
         on_delivered: called when the host has answered.
@@ -97,9 +97,9 @@ class Reporter:
             on_delivered=on_delivered,
         )
         queue = self._queues.setdefault(container, deque())
-        if kind is not None and queue and not queue[-1].final and queue[-1].kind is kind:
+        if queue and not queue[-1].final and queue[-1].kind is kind:
             queue.pop()
-        elif kind is None and queue and queue[-1].kind is None and _same(queue[-1], report):
+        elif queue and _same(queue[-1], report):
             return
         queue.append(report)
         if container not in self._pumps:
@@ -115,17 +115,22 @@ class Reporter:
             delivery = asyncio.create_task(self._deliver(report))
             self._in_flight.add(delivery)
             delivery.add_done_callback(self._in_flight.discard)
-            await self._handed_over(report, delivery)
+            await self._handed_over(report, delivery, queue)
         del self._queues[container], self._pumps[container]
 
-    async def _handed_over(self, report: _Report, delivery: asyncio.Task[None]) -> None:
+    async def _handed_over(
+        self, report: _Report, delivery: asyncio.Task[None], queue: deque[_Report]
+    ) -> None:
         # While the host is away the delivery retries and what follows waits for it; while the host
-        # works on its answer, what follows may be what it is waiting for.
+        # works on its answer, what follows may be what it is waiting for. But the reports of one
+        # operation could overtake each other inside the host.
         clock = asyncio.get_running_loop().time
         while not delivery.done():
             await asyncio.wait([delivery], timeout=_DELIVERED_SECONDS)
             if (
-                report.sent_at is not None
+                queue
+                and queue[0].kind is not report.kind
+                and report.sent_at is not None
                 and clock() - report.sent_at >= _DELIVERED_SECONDS
                 and self._channel is not None
                 and self._channel.get_state() is grpc.ChannelConnectivity.READY

@@ -75,7 +75,7 @@ class Start(Operation):
                 status=status, container_name=self.container, failure_reason=reason
             ),
             container=self.container,
-            kind=self if starting else None,
+            kind=self,
             final=not starting,
             held_until=self.answered,
         )

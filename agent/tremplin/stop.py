@@ -69,5 +69,6 @@ class Stop(Operation):
                 status=status, container_name=self.container, failure_reason=reason
             ),
             container=self.container,
+            kind=self,
             held_until=self.answered,
         )

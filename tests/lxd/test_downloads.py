@@ -1,0 +1,229 @@
+"""CreateContainer from an image server: progress, and every way a download can go wrong."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.pb import tremplin_pb2 as pb
+from tests.lxd.machine import wait_until
+
+if TYPE_CHECKING:
+    from tests.lxd.host import Report, Tremplin
+
+CREATION = pb.ContainerCreationProgress
+
+
+@pytest.fixture(autouse=True)
+def _no_images(tremplin: Tremplin) -> None:
+    tremplin.machine.forget_images()
+
+
+def _begin(tremplin: Tremplin, name: str, *, alias: str = "big", server: str = "") -> int:
+    before = len(tremplin.host.reports)
+    response = tremplin.call(
+        "CreateContainer",
+        container_name=name,
+        image_server=server or tremplin.machine.new_server(),
+        image_alias=alias,
+    )
+    assert response.status == pb.CreateContainerResponse.CREATING, response
+    return before
+
+
+def _end(tremplin: Tremplin, name: str, after: int) -> Report:
+    return tremplin.host.wait_for(
+        "UpdateCreateStatus", container=name, not_status=CREATION.DOWNLOADING, after=after
+    )
+
+
+def _nothing_is_left(tremplin: Tremplin) -> None:
+    machine = tremplin.machine
+    assert machine.containers() == {}
+    assert machine.images() == []
+    assert machine.run("ls", machine.lxd_dir / "images").split() == []
+
+
+def _works_now(tremplin: Tremplin, name: str) -> None:
+    tremplin.machine.behave()
+    assert tremplin.create(name, alias="big").message.status == CREATION.CREATED
+    assert tremplin.machine.containers() == {name: "Stopped"}
+
+
+def test_progress(tremplin: Tremplin) -> None:
+    """Percentages rise and never fall, and none stays away for longer than about a second."""
+    with tremplin.machine.slow_down(4e6):
+        before = _begin(tremplin, "progress")
+        assert _end(tremplin, "progress", before).message.status == CREATION.CREATED
+    reports = [r for r in tremplin.host.reports[before:] if r.method == "UpdateCreateStatus"]
+    percents = [r.message.download_progress for r in reports[:-1]]
+    assert percents == sorted(percents)
+    assert percents[-1] == 100
+    assert len(set(percents)) > 20
+    downloading = [r.at for r in reports[:-1]]
+    assert max(b - a for a, b in itertools.pairwise(downloading)) < 1.5
+
+
+def test_same_image_twice_at_once(tremplin: Tremplin) -> None:
+    """The second one shows progress too, and both are whole."""
+    with tremplin.machine.slow_down(4e6):
+        server = tremplin.machine.new_server()
+        before = _begin(tremplin, "one", server=server)
+        tremplin.host.wait_for("UpdateCreateStatus", container="one", after=before)
+        _begin(tremplin, "two", server=server)
+        for name in ("one", "two"):
+            assert _end(tremplin, name, before).message.status == CREATION.CREATED
+    percents = [
+        message.download_progress for message in tremplin.host.of("UpdateCreateStatus", "two")
+    ]
+    assert len(set(percents)) > 10
+    assert percents[:-1] == sorted(percents[:-1])
+    assert set(tremplin.machine.containers()) == {"one", "two"}
+
+
+def test_different_images_at_once(tremplin: Tremplin) -> None:
+    """Each has its own progress."""
+    before = _begin(tremplin, "small", alias="busybox")
+    _begin(tremplin, "large", alias="big")
+    for name in ("small", "large"):
+        assert _end(tremplin, name, before).message.status == CREATION.CREATED
+    assert set(tremplin.machine.containers()) == {"small", "large"}
+
+
+def test_server_stalls(tremplin: Tremplin) -> None:
+    """DOWNLOAD_TIMED_OUT after the time of the option (3 s here) without a byte."""
+    tremplin.machine.behave(stall_after=2_000_000)
+    before = _begin(tremplin, "stall")
+    began = time.monotonic()
+    end = _end(tremplin, "stall", before)
+    assert end.message.status == CREATION.DOWNLOAD_TIMED_OUT
+    assert "cannot create container stall: no byte came" in end.message.failure_reason
+    assert 2.5 < end.at - began < 8
+    _nothing_is_left(tremplin)
+    _works_now(tremplin, "stall")
+
+
+def test_slow_is_not_stalled(tremplin: Tremplin) -> None:
+    """A download of which one percent takes longer than the option is left alone."""
+    with tremplin.machine.slow_down(20_000):
+        before = _begin(tremplin, "slow")
+        time.sleep(5)  # longer than the option; that nothing happens cannot be waited for
+        ends = [
+            message
+            for message in tremplin.host.of("UpdateCreateStatus", "slow")
+            if message.status != CREATION.DOWNLOADING
+        ]
+        assert ends == []
+    assert _end(tremplin, "slow", before).message.status == CREATION.CREATED
+
+
+def test_wrong_checksum(tremplin: Tremplin) -> None:
+    """The image is thrown away."""
+    tremplin.machine.behave(corrupt=True)
+    before = _begin(tremplin, "checksum")
+    end = _end(tremplin, "checksum", before)
+    assert end.message.status == CREATION.FAILED
+    assert "Hash mismatch" in end.message.failure_reason
+    _nothing_is_left(tremplin)
+    _works_now(tremplin, "checksum")
+
+
+@pytest.mark.parametrize(
+    ("alias", "server", "reason"),
+    [
+        ("debian/nonexistent", "", "couldn't be found"),
+        ("busybox", "http://127.0.0.1:9", "connection refused"),
+        ("busybox", "http://nowhere.invalid", "nowhere.invalid"),
+    ],
+)
+def test_no_such_image(tremplin: Tremplin, alias: str, server: str, reason: str) -> None:
+    """An unknown alias, a server that is not there, a name that means nothing."""
+    before = _begin(tremplin, "missing", alias=alias, server=server)
+    end = _end(tremplin, "missing", before)
+    assert end.message.status == CREATION.FAILED
+    assert reason in end.message.failure_reason
+    assert end.message.failure_reason.startswith("cannot create container missing: ")
+    _nothing_is_left(tremplin)
+    _works_now(tremplin, "missing")
+
+
+def test_cancelled_by_delete(tremplin: Tremplin) -> None:
+    """DeleteContainer gives up a creation: CANCELLED, then DELETED."""
+    with tremplin.machine.slow_down(500_000):
+        before = _begin(tremplin, "given-up")
+        tremplin.host.wait_for("UpdateCreateStatus", container="given-up", after=before)
+        delete = tremplin.call("DeleteContainer", container_name="given-up")
+        assert delete.status == pb.DeleteContainerResponse.DELETING
+        assert _end(tremplin, "given-up", before).message.status == CREATION.CANCELLED
+        deleted = tremplin.host.wait_for("UpdateDeletionStatus", container="given-up", after=before)
+        assert deleted.message.status == pb.ContainerDeletionProgress.DELETED
+    _nothing_is_left(tremplin)
+    _works_now(tremplin, "given-up")
+
+
+def test_cancelled_in_lxd(tremplin: Tremplin) -> None:
+    """An operation that somebody cancels with lxc ends as CANCELLED."""
+    machine = tremplin.machine
+    with machine.slow_down(500_000):
+        before = _begin(tremplin, "cancelled")
+        tremplin.host.wait_for("UpdateCreateStatus", container="cancelled", after=before)
+        (operation,) = machine.api.operations.get().json()["metadata"]["running"]
+        machine.run("lxc", "operation", "delete", operation.rsplit("/", 1)[1])
+        assert _end(tremplin, "cancelled", before).message.status == CREATION.CANCELLED
+    _nothing_is_left(tremplin)
+    _works_now(tremplin, "cancelled")
+
+
+def test_asked_twice(tremplin: Tremplin) -> None:
+    """A second CreateContainer of the same name joins the first."""
+    with tremplin.machine.slow_down(4e6):
+        before = _begin(tremplin, "asked")
+        _begin(tremplin, "asked")
+        assert _end(tremplin, "asked", before).message.status == CREATION.CREATED
+    finals = [m for m in tremplin.host.of("UpdateCreateStatus", "asked") if m.status != 1]
+    assert len(finals) == 1
+
+
+def test_disk_full(tremplin: Tremplin) -> None:
+    """FAILED with the system's words; it works when there is room again."""
+    machine = tremplin.machine
+    ballast = machine.directory / "stateful/ballast"
+    free = int(machine.run("stat", "-f", "-c", "%a", machine.lxd_dir)) * 4096
+    machine.run("fallocate", "-l", str(free - 5 * 1024 * 1024), ballast)
+    try:
+        before = _begin(tremplin, "full")
+        end = _end(tremplin, "full", before)
+        assert end.message.status == CREATION.FAILED
+        assert "no space left on device" in end.message.failure_reason.lower()
+    finally:
+        machine.run("rm", "-f", ballast)
+    _nothing_is_left(tremplin)
+    _works_now(tremplin, "full")
+
+
+def test_unfinished_is_made_again(tremplin: Tremplin) -> None:
+    """A container of ours that was never started is made again; others are whole."""
+    tremplin.create("again")
+    tremplin.machine.run("lxc", "config", "set", "again", "user.old=yes")
+    assert tremplin.create("again").message.status == CREATION.CREATED
+    assert tremplin.machine.run("lxc", "config", "get", "again", "user.old").strip() == ""
+    tremplin.machine.run("lxc", "init", tremplin.machine.images()[0], "foreign")
+    response = tremplin.call(
+        "CreateContainer", container_name="foreign", image_server="http://h", image_alias="a"
+    )
+    assert response.status == pb.CreateContainerResponse.EXISTS
+
+
+def test_host_was_away(tremplin: Tremplin) -> None:
+    """What happened meanwhile reaches it when it is back: the end and the last percentage."""
+    host = tremplin.host
+    host.stop()
+    before = _begin(tremplin, "away", alias="busybox")
+    wait_until(lambda: tremplin.machine.containers() == {"away": "Stopped"}, "the container")
+    host.start()
+    assert _end(tremplin, "away", before).message.status == CREATION.CREATED
+    statuses = [message.status for message in host.of("UpdateCreateStatus", "away")]
+    assert len(statuses) <= 4
