@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 
 import grpc.aio
 
 from agent import grpc_endpoint, logs
+from agent.lazy_service import LazyService
 from agent.maitred import startup
-from agent.maitred.servicer import Maitred
 from agent.maitred.supervisor import Supervisor
-from agent.pb import vm_guest_pb2_grpc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from agent.lazy_service import Registrar
     from agent.options import Options
 
 _log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 0.5
 """What calls in flight get at the end; most of what is still there waits for other processes."""
+
+_HEAD_START_SECONDS = 0.5
+"""How long the host has to answer VmReady before the rest is loaded, which delays everything."""
 
 
 def run(options: Options) -> int:
@@ -46,53 +48,54 @@ async def _serve(options: Options) -> None:
     run_dir = options["maitred.run_dir"]
     grpc_endpoint.prepare_run_dir(run_dir)
     supervisor = Supervisor(run_dir)
+    services = LazyService(lambda registrar: _load_services(registrar, options, supervisor))
     server = grpc.aio.server()
-    servicer = Maitred(options, supervisor)  # type: ignore[abstract]  # the rest: UNIMPLEMENTED
-    vm_guest_pb2_grpc.add_MaitredServicer_to_server(servicer, server)
+    server.add_generic_rpc_handlers((services,))
     address = options["maitred.listen"]
     listener = await grpc_endpoint.listen(server, address, run_dir=run_dir, name="maitred")
     _log.info("listening on %s", address)
 
-    tasks = [
-        asyncio.create_task(_logged(work, what)) for work, what in _background(options, supervisor)
-    ]
+    background = asyncio.create_task(_work_in_background(options, supervisor, services))
     await ended.wait()
     _log.info("ending")
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    background.cancel()
+    await asyncio.gather(background, return_exceptions=True)
     await listener.stop(_GRACE_SECONDS)
     await supervisor.close()
 
 
-def _background(
-    options: Options, supervisor: Supervisor
-) -> list[tuple[Coroutine[object, object, None], str]]:
-    run_dir = options["maitred.run_dir"]
-    works: list[tuple[Coroutine[object, object, None], str]] = []
-    if (address := startup.startup_listener(options)) is not None:
-        works.append((startup.tell_host(address, run_dir=run_dir), "tell the host of VmReady"))
-    if not options["maitred.no_startup_processes"]:
-        works.append(
-            (
-                startup.launch_startup_files(options["maitred.startup_dir"], supervisor),
-                "launch the startup files",
-            )
-        )
-    if crashes := options.host_address("maitred.crash_listener", listen="maitred.listen"):
+def _load_services(registrar: Registrar, options: Options, supervisor: Supervisor) -> None:
+    from agent.maitred.servicer import Maitred
+    from agent.pb import vm_guest_pb2_grpc
 
-        async def report_crashes() -> None:
+    servicer = Maitred(options, supervisor)  # type: ignore[abstract]  # the rest: UNIMPLEMENTED
+    vm_guest_pb2_grpc.add_MaitredServicer_to_server(servicer, registrar)  # type: ignore[arg-type]  # has all it uses
+
+
+async def _work_in_background(
+    options: Options, supervisor: Supervisor, services: LazyService
+) -> None:
+    run_dir = options["maitred.run_dir"]
+    async with asyncio.TaskGroup() as group:
+        if (address := startup.startup_listener(options)) is not None:
+            telling = group.create_task(
+                _logged(startup.tell_host(address, run_dir=run_dir), "tell the host of VmReady")
+            )
+            # The host may do all of its work before it answers; what needs no answer goes on.
+            await asyncio.wait({telling}, timeout=_HEAD_START_SECONDS)
+        services.load()
+        if not options["maitred.no_startup_processes"]:
+            files = startup.launch_startup_files(options["maitred.startup_dir"], supervisor)
+            group.create_task(_logged(files, "launch the startup files"))
+        if crashes := options.host_address("maitred.crash_listener", listen="maitred.listen"):
             from agent.maitred import crash_reports
 
-            await crash_reports.follow(crashes, run_dir=run_dir)
-
-        works.append((report_crashes(), "report crashes"))
-    return works
+            reports = crash_reports.follow(crashes, run_dir=run_dir)
+            group.create_task(_logged(reports, "report crashes"))
 
 
 async def _logged(work: Coroutine[object, object, None], what: str) -> None:
-    with contextlib.suppress(asyncio.CancelledError):
-        try:
-            await work
-        except Exception:  # noqa: BLE001  # one background work's trouble is nobody else's
-            _log.exception("cannot %s", what)
+    try:
+        await work
+    except Exception:  # noqa: BLE001  # one background work's trouble is nobody else's
+        _log.exception("cannot %s", what)

@@ -4,15 +4,13 @@ startup files.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 
-import grpc
+import grpc.aio
 
 from agent.grpc_endpoint import HostChannel
 from agent.options import HOST_CID, Address, VsockAddress
-from agent.pb import common_pb2, vm_host_pb2_grpc
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +20,12 @@ if TYPE_CHECKING:
     from agent.options import Options
     from agent.pb import vm_guest_pb2
 
+    VmReadyCall = grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]
+
 _log = logging.getLogger(__name__)
+
+_VM_READY = "/vm_tools.StartupListener/VmReady"
+_EMPTY_MESSAGE = b""
 
 _MARKER = "vm-ready-sent"
 _RETRY_FIRST_SECONDS = 0.1
@@ -50,17 +53,18 @@ async def tell_host(address: Address, *, run_dir: str) -> None:
         return
     host = HostChannel(address, run_dir=run_dir, name="startup-listener")
     async with host as channel:
-        stub = vm_host_pb2_grpc.StartupListenerStub(channel)
+        # No protobuf yet: its import would make up a quarter of the time until here.
+        vm_ready: VmReadyCall = channel.unary_unary(_VM_READY)
         try:
-            await stub.VmReady(common_pb2.EmptyMessage())
+            await vm_ready(_EMPTY_MESSAGE)
         except grpc.aio.AioRpcError as error:
             _log.warning("the host at %s does not answer VmReady: %s", address, _reason(error))
-            await _tell_host_until_answered(stub)
+            await _call_until_answered(vm_ready)
     os.close(os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
     _log.info("the host knows that the VM is ready")
 
 
-async def _tell_host_until_answered(stub: vm_host_pb2_grpc.StartupListenerAsyncStub) -> None:
+async def _call_until_answered(vm_ready: VmReadyCall) -> None:
     import tenacity
 
     async for attempt in tenacity.AsyncRetrying(
@@ -68,7 +72,7 @@ async def _tell_host_until_answered(stub: vm_host_pb2_grpc.StartupListenerAsyncS
         wait=tenacity.wait_random_exponential(_RETRY_FIRST_SECONDS, _RETRY_MAX_SECONDS),
     ):
         with attempt:
-            await stub.VmReady(common_pb2.EmptyMessage())
+            await vm_ready(_EMPTY_MESSAGE)
 
 
 def _reason(error: grpc.aio.AioRpcError) -> str:
@@ -81,11 +85,14 @@ async def launch_startup_files(directory: str, supervisor: Supervisor) -> None:
     Each one is launched once per boot; one that waits for its exit holds up the next. A bad file is
     logged and passed over.
     """
+    files = list(_startup_files(directory))
+    if not files:
+        return
     from agent.maitred import processes
     from agent.maitred.errors import CallError
     from agent.process_supervisor.client import SupervisorError
 
-    for name, request in await asyncio.to_thread(lambda: list(_startup_files(directory))):
+    for name, request in files:
         try:
             client = await supervisor.client()
             response = await processes.launch(client, request, name=f"startup:{name}", once=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from agent.process_supervisor.client import AsyncClient
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.process_supervisor.client import AsyncClient
 
 
 class Supervisor:
@@ -17,6 +19,8 @@ class Supervisor:
 
     async def client(self) -> AsyncClient:
         """A client that is connected. Raises SupervisorGone."""
+        from agent.process_supervisor.client import AsyncClient
+
         async with self._connecting:
             if self._client is None or not self._client.connected:
                 if self._client is not None:
