@@ -406,7 +406,12 @@ class Host:
         told = await self._vm.alive(
             self._vm.recorder.wait_for(
                 "UpdateStartStatus",
-                lambda message: message.container_name == self._wanted.container,
+                # The newer host of the field gives up at a heartbeat, the first of which comes
+                # after 30 s; on a slow emulated machine the container still comes up.
+                lambda message: (
+                    message.container_name == self._wanted.container
+                    and message.status != _StartProgress.STARTING
+                ),
                 since=self._events_before_start,
             ),
             timeout=_START_SECONDS,
