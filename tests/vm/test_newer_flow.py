@@ -187,7 +187,7 @@ def test_bad_calls_get_clear_errors(up: tuple[TestVm, Reached], runner: asyncio.
 @pytest.mark.parametrize(
     ("request_fields", "reason"),
     [
-        ({"image_alias": "no/such"}, "no/such"),
+        ({"image_alias": "no/such"}, "be found"),
         ({"image_server": "http://10.0.2.2:1"}, "refused"),
         ({"container_name": "no_such_name!"}, "name"),
     ],
@@ -246,7 +246,7 @@ async def _info(test_vm: TestVm, name: str) -> tremplin_pb2.GetContainerInfoResp
     )
 
 
-@pytest.mark.parametrize("name", ["", "no name", "../x", "-x", "root"])
+@pytest.mark.parametrize("name", ["", "no name", "../x", "-x"])
 def test_bad_user_names_are_refused(
     up: tuple[TestVm, Reached], runner: asyncio.Runner, name: str
 ) -> None:
