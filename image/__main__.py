@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from image import container, guest, initrd, simplestreams, vsock_device
-from image.apt import Apt, Mirrors
+from image.apt import DPKG_OPTIONS, Apt, Mirrors, bootstrap
 from image.build import (
     ROOT,
     BuildError,
@@ -23,13 +23,14 @@ from image.build import (
     locked,
     package_list,
     publish,
+    recipe,
     say,
     stage,
     tree_digest,
     working_folder,
     write_text,
 )
-from image.kernel import INITRD_MODULES, PACKAGES, Kernel, index_modules
+from image.kernel import INITRD_MODULES, LATER_MODULES, PACKAGES, Kernel, index_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,8 +100,8 @@ def build_guest(cache: Cache) -> None:
             with stage("initrd"):
                 initrd.write(
                     work / "initrd.img",
-                    now=layers.kernel.with_dependencies(INITRD_MODULES),
-                    later=[],
+                    now=layers.kernel.in_order(INITRD_MODULES),
+                    later=layers.kernel.in_order(LATER_MODULES),
                     work=work,
                 )
             with stage("root filesystem"):
@@ -133,16 +134,17 @@ class _Layers:
         self.base = self._cache.layer("base", key, self._base)
 
     def _debian_layer(self) -> None:
-        key = digest(*package_list(guest.PACKAGES), HERE / "guest.py", HERE / "apt.py")
+        how = recipe(guest.debian_layer, bootstrap, guest.UNUSED, DPKG_OPTIONS)
+        key = digest(*package_list(guest.PACKAGES), how)
         self.debian = self._cache.layer("guest", key, _timed("Debian packages", guest.debian_layer))
 
     def _fetch(self) -> None:
-        key = digest(self._flavour, HERE / "kernel.py")
+        key = digest(self._flavour, recipe(self._kernel, index_modules, Kernel.write_vmlinux))
         folder = self._cache.layer("kernel", key, _timed("kernel", self._kernel))
         self.kernel = Kernel(folder)
-        key = digest(guest.REQUIREMENTS)
+        key = digest(guest.REQUIREMENTS, recipe(guest.wheels_layer))
         self.wheels = self._cache.layer("wheels", key, _timed("wheels", guest.wheels_layer))
-        key = digest(HERE / "vsock_device.py")
+        key = digest(recipe(vsock_device.fetch))
         self.vsock_device = self._cache.layer(
             "vsock-device", key, _timed("vhost-device-vsock", vsock_device.fetch)
         )
@@ -194,10 +196,14 @@ def build_containers(cache: Cache) -> None:
     """Writes the simplestreams tree of the container images."""
     output = ROOT / "build/container-image"
     with locked(ROOT / "build/.container-image.lock"):
-        common = [HERE / "container.py", HERE / "apt.py"]
-        key = digest(*package_list(container.PACKAGES), _files("debian"), *common)
+        how = recipe(
+            container.debian, bootstrap, container.UNUSED, container.MASKED, DPKG_OPTIONS,
+            container.squash,
+        )  # fmt: skip
+        key = digest(*package_list(container.PACKAGES), _files("debian"), how)
         debian = cache.layer("debian", key, _timed("Debian container", container.debian))
-        key = digest(container.BUSYBOX, _files("busybox"), *common)
+        how = recipe(container.busybox, container.squash)
+        key = digest(container.BUSYBOX, _files("busybox"), how)
         busybox = cache.layer("busybox", key, _timed("busybox container", container.busybox))
         key = digest(debian.name, busybox.name, HERE / "simplestreams.py", Path(__file__))
         marker = output / ".inputs"

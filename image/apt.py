@@ -9,7 +9,7 @@ from image.build import BuildError, run
 GUEST_SUITE = "bookworm"
 """The release that the guest and the container are made of."""
 
-_DPKG_OPTIONS = (
+DPKG_OPTIONS = (
     "force-unsafe-io",
     "path-exclude=/usr/share/man/*",
     "path-exclude=/usr/share/doc/*",
@@ -114,7 +114,7 @@ def bootstrap(target: Path, packages: list[str], mirrors: Mirrors) -> None:
     Raises BuildError.
     """
     proxy = run(["apt-config", "dump", "--format", "%v%n", "Acquire::http::Proxy"]).strip()
-    options = [f"--dpkgopt={option}" for option in _DPKG_OPTIONS]
+    options = [f"--dpkgopt={option}" for option in DPKG_OPTIONS]
     if proxy:
         options.append(f'--aptopt=Acquire::http::Proxy "{proxy}"')
     command: list[str | Path] = [

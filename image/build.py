@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import inspect
 import os
 import shutil
 import subprocess
@@ -85,6 +86,15 @@ def digest(*parts: str | bytes | Path) -> str:
             content = part.encode() if isinstance(part, str) else part
         whole.update(b"%d:" % len(content) + content)
     return whole.hexdigest()[:24]
+
+
+def recipe(*things: object) -> str:
+    """What a layer's key needs to know of how it is made: functions' text, other values as such."""
+    return "\n".join(
+        inspect.getsource(thing) if inspect.isroutine(thing) or inspect.isclass(thing)
+        else repr(thing)
+        for thing in things
+    )  # fmt: skip
 
 
 def tree_digest(top: Path, names: Iterable[Path]) -> str:

@@ -14,7 +14,7 @@ FILES = Path(__file__).with_name("containers")
 
 BUSYBOX = Path("/bin/busybox")
 
-_UNUSED = (
+UNUSED = (
     "boot", "var/cache/apt/*", "var/lib/apt/lists/*", "var/cache/debconf/*-old", "var/log/apt",
     "var/log/*.log", "usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale",
     "usr/share/lintian", "usr/share/bash-completion", "usr/share/i18n",
@@ -22,7 +22,7 @@ _UNUSED = (
     "usr/lib/modprobe.d", "etc/machine-id", "var/lib/dbus/machine-id",
 )  # fmt: skip
 
-_MASKED = (
+MASKED = (
     # No terminals are attached: people come by `lxc exec`.
     "getty.target", "console-getty.service", "systemd-logind.service",
     # Kernel and devices are the VM's.
@@ -49,7 +49,7 @@ def debian(target: Path, work: Path) -> None:
     """Writes the squashfs of a Debian container that systemd runs. Raises BuildError."""
     root = work / "root"
     bootstrap(root, package_list(PACKAGES), Mirrors.of_this_machine())
-    for pattern in _UNUSED:
+    for pattern in UNUSED:
         for path in root.glob(pattern):
             remove(path)
     (root / "boot").mkdir()
@@ -60,7 +60,7 @@ def debian(target: Path, work: Path) -> None:
     (root / "etc/hostname").write_text("debian\n")
     (root / "etc/resolv.conf").write_text("")
     units = root / "etc/systemd/system"
-    for unit in _MASKED:
+    for unit in MASKED:
         (units / unit).unlink(missing_ok=True)
         (units / unit).symlink_to("/dev/null")
     (units / "default.target").unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from image.apt import Mirrors, bootstrap
 from image.build import ROOT, BuildError, lay_over, package_list, remove, run
-from image.kernel import BACKGROUND_MODULES, Kernel
+from image.kernel import Kernel
 
 PACKAGES = Path(__file__).with_name("packages-guest.txt")
 OVERLAY = Path(__file__).with_name("rootfs")
@@ -23,7 +23,7 @@ COMMAND_LINE = (
 )
 """What made a difference to the time an emulated guest takes to boot."""
 
-_UNUSED = (
+UNUSED = (
     "boot", "media", "srv", "var/cache/apt", "var/lib/apt/lists", "var/cache/debconf",
     "var/log/apt", "var/log/*.log", "usr/share/doc", "usr/share/man", "usr/share/info",
     "usr/share/locale", "usr/share/lintian", "usr/share/bash-completion",
@@ -43,7 +43,7 @@ def debian_layer(target: Path, work: Path) -> None:
     """Writes the Debian packages' files as an archive. Raises BuildError."""
     root = work / "root"
     bootstrap(root, package_list(PACKAGES), Mirrors.of_this_machine())
-    for pattern in _UNUSED:
+    for pattern in UNUSED:
         for path in root.glob(pattern):
             remove(path)
     pack(root, target)
@@ -101,7 +101,6 @@ def _settle(root: Path) -> None:
     lay_over(OVERLAY, root)
     (root / "etc/resolv.conf").unlink(missing_ok=True)
     (root / "etc/resolv.conf").symlink_to("/run/resolv.conf")
-    (root / "etc/maitred/modules").write_text("".join(f"{n}\n" for n in BACKGROUND_MODULES))
     for path in (root / "etc").glob("*-"):
         path.unlink()
 
@@ -132,10 +131,9 @@ def write_rootfs(target: Path, work: Path, *, base: Path) -> None:
     init = root / "usr/sbin/init"
     init.unlink(missing_ok=True)
     source = ROOT / "agent/process_supervisor/init"
-    if source.exists():
-        shutil.copyfile(source, init)
-    else:
-        init.write_text('#!/bin/sh\nexec /usr/bin/python3 -I -m agent.process_supervisor "$@"\n')
+    if not source.exists():
+        raise BuildError(f"cannot find {source.relative_to(ROOT)}, the program of PID 1")
+    shutil.copyfile(source, init)
     init.chmod(0o755)
     os.utime(root, (0, 0))
     make_ext4(root, target)
