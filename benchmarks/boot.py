@@ -8,8 +8,10 @@ import asyncio
 import re
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from benchmarks.figures import Figure
 from host.build_files import BUILD_DIR, GuestImage
 from host.commands import run_in_guest
 from host.vm import Vm
@@ -59,24 +61,22 @@ async def _round(image: GuestImage) -> tuple[float, float, int]:
             return ours, float(end) - float(start), memory
 
 
-async def _measure() -> None:
+async def _rounds() -> list[tuple[float, float, int]]:
     image = GuestImage.in_directory(BUILD_DIR / "image")
-    rounds = [await _round(image) for _ in range(ROUNDS)]
-    for ours, peer, memory in rounds:
-        print(f"  ours {ours:6.2f} s   peer {peer:6.2f} s   PID 1 {memory} kB")
+    return [await _round(image) for _ in range(ROUNDS)]
+
+
+def run() -> Iterator[Figure]:
+    """Boots the guest a few times; medians."""
+    rounds = asyncio.run(_rounds())
     ours = statistics.median(each[0] for each in rounds)
     peer = statistics.median(each[1] for each in rounds)
-    memory = max(each[2] for each in rounds)
-    print(f"exec of /sbin/init to VmReady      {ours:6.2f} s")
-    print(f"python3 -I, import grpc, one call  {peer:6.2f} s")
-    print(f"ratio                              {ours / peer:6.2f}   (to reach: <= 1.5)")
-    print(f"RSS of PID 1                       {memory / 1024:6.1f} MiB (to reach: <= 14)")
-
-
-def main() -> None:
-    """Runs the rounds and prints them."""
-    asyncio.run(_measure())
-
-
-if __name__ == "__main__":
-    main()
+    yield Figure(
+        "exec of /sbin/init to VmReady",
+        {"ours": ours, "python3 -I, import grpc, one call": peer},
+        "s",
+        "<= 1.5 x",
+        ours <= 1.5 * peer,
+    )
+    memory = max(each[2] for each in rounds) / 1024
+    yield Figure("RSS of PID 1 in the VM", {"ours": memory}, "MiB", "<= 14", memory <= 14)
