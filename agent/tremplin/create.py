@@ -17,7 +17,7 @@ from typing import NamedTuple
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin import markers
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
-from agent.tremplin.names import IN_PROGRESS
+from agent.tremplin.names import IN_PROGRESS, is_in_progress
 from agent.tremplin.operation import Operation, OperationError, OperationTimedOutError, Outcome
 from agent.tremplin.remove import remove_container
 
@@ -34,6 +34,7 @@ _TICK_SECONDS = 1.0
 """While a download runs the host hears of it at least so often."""
 _ABORT_SECONDS = 300.0
 """What LXD has to end an operation that cannot be cancelled: an image being unpacked."""
+_RUNNING = 103
 _PROGRESS = re.compile(r"(metadata|rootfs)[^:]*: (\d+)%")
 _FILE_IMPORT = "tremplin-import"
 """The property of images that came from files: they go when the container is there."""
@@ -57,11 +58,12 @@ class Create(Operation):
     """Makes a container."""
 
     verb = "create"
+    method = "CreateContainer"
 
-    def __init__(self, session: Session, container: str, source: FromServer | FromFiles) -> None:
-        """container: the name it is to have; an unfinished container of that name is removed."""
-        super().__init__(session, container)
-        self._source = source
+    def __init__(self, session: Session, request: pb.CreateContainerRequest) -> None:
+        """request: checked; an unfinished container of that name is removed."""
+        super().__init__(session, request)
+        self._source = image_source(request)
         self._name = ""
         self._naming = False
         self._percent = -1
@@ -83,11 +85,17 @@ class Create(Operation):
 
     async def work(self) -> None:
         """See Operation."""
-        self._name = self._free_name()
-        await self._remove_what_is_left(self._name)
+        self._percent = self.notes.get("percent", -1)
+        if self.resumed and await self._is_there():
+            return
+        going_on = self._name_of_before()
+        self._name = going_on or self._free_name()
+        self.note(name=self._name)
+        operation = await self._operation_of(going_on) if going_on else None
+        await self._remove_left_overs(also_mine=operation is None)
         await self._remove_unfinished()
         if isinstance(self._source, FromServer):
-            await self._create_from_server(self._source)
+            await self._create_from_server(self._source, operation)
         else:
             await self._create_from_files(self._source)
         await markers.mark(self.session.lxd, self._name, markers.CREATED)
@@ -98,7 +106,7 @@ class Create(Operation):
 
     async def clean_up(self) -> None:
         """See Operation."""
-        await self._remove_what_is_left(self._name)
+        await self._remove_left_overs(also_mine=True)
         if self._naming:
             await self._remove_unfinished()
 
@@ -115,7 +123,7 @@ class Create(Operation):
         self, status: pb.ContainerCreationProgress.Status.ValueType, *, reason: str = ""
     ) -> None:
         downloading = status == pb.ContainerCreationProgress.DOWNLOADING
-        self.session.reporter.report(
+        self.report(
             "UpdateCreateStatus",
             pb.ContainerCreationProgress(
                 status=status,
@@ -123,45 +131,77 @@ class Create(Operation):
                 download_progress=max(self._percent, 0) if downloading else 0,
                 failure_reason=reason,
             ),
-            container=self.container,
-            kind=self,
             final=not downloading,
-            held_until=self.answered,
         )
 
+    async def _is_there(self) -> bool:
+        # Whether the tremplin that was killed had come to the end.
+        try:
+            return await markers.is_ours(self.session.lxd, self.container)
+        except LxdNotFoundError:
+            return False
+
+    def _name_of_before(self) -> str:
+        name = str(self.notes.get("name", ""))
+        return "" if not isinstance(self._source, FromServer) or name in self._taken() else name
+
+    async def _operation_of(self, name: str) -> LxdOperation | None:
+        # LXD goes on with what a tremplin asked for that has since been killed.
+        for found in await self._operations():
+            if found["status_code"] == _RUNNING and f"/1.0/instances/{name}" in _resources(found):
+                with contextlib.suppress(LxdNotFoundError):
+                    return await self.session.lxd_operations.follow(
+                        found, on_change=self._on_change, check=True
+                    )
+        return None
+
+    async def _operations(self) -> list[dict[str, Any]]:
+        groups = await self.session.lxd.get("operations", params={"recursion": "1"})
+        return [found for group in groups.values() for found in group]
+
+    def _taken(self) -> set[str]:
+        return {
+            other._name
+            for other in self.session.running
+            if isinstance(other, Create) and other is not self
+        }
+
     def _free_name(self) -> str:
-        taken = {other._name for other in self.session.running if isinstance(other, Create)}
+        taken = self._taken()
         if IN_PROGRESS not in taken:
             return IN_PROGRESS
         return next(name for n in range(2, 1000) if (name := f"{IN_PROGRESS}-{n}") not in taken)
 
-    async def _remove_what_is_left(self, name: str) -> None:
-        # LXD goes on with what a tremplin asked for that has since been killed.
-        for group in (await self.session.lxd.get("operations", params={"recursion": "1"})).values():
-            for found in group:
-                if f"/1.0/instances/{name}" not in _resources(found):
-                    continue
+    async def _remove_left_overs(self, *, also_mine: bool) -> None:
+        kept = self._taken() if also_mine else self._taken() | {self._name}
+        for found in await self._operations():
+            names = {path.rpartition("/")[2] for path in _resources(found)}
+            if any(is_in_progress(name) and name not in kept for name in names):
                 with contextlib.suppress(LxdNotFoundError):
                     await _abort(await self.session.lxd_operations.follow(found, check=True))
-        await remove_container(self.session, name)
+        for instance in await self.session.lxd.get("instances", params={"recursion": "1"}):
+            if is_in_progress(instance["name"]) and instance["name"] not in kept:
+                await remove_container(self.session, instance["name"])
 
     async def _remove_unfinished(self) -> None:
         with contextlib.suppress(LxdNotFoundError):
             if await markers.is_unfinished(self.session.lxd, self.container):
                 await remove_container(self.session, self.container)
 
-    async def _create_from_server(self, source: FromServer) -> None:
+    async def _create_from_server(self, source: FromServer, operation: LxdOperation | None) -> None:
+        # operation: the one that is under way already.
         self._downloading = True
         self._last_byte_at = asyncio.get_running_loop().time()
-        operation = await self._start_creation(
-            {
-                "type": "image",
-                "mode": "pull",
-                "protocol": "simplestreams",
-                "server": source.server,
-                "alias": source.alias,
-            }
-        )
+        if operation is None:
+            operation = await self._start_creation(
+                {
+                    "type": "image",
+                    "mode": "pull",
+                    "protocol": "simplestreams",
+                    "server": source.server,
+                    "alias": source.alias,
+                }
+            )
         ending = asyncio.ensure_future(operation.wait())
         try:
             while not (await asyncio.wait([ending], timeout=_TICK_SECONDS))[0]:
@@ -226,12 +266,16 @@ class Create(Operation):
         percent = min(percent, 100)
         if percent > self._percent:
             self._percent = percent
+            self.note(percent=percent)
             self._report(pb.ContainerCreationProgress.DOWNLOADING)
 
     async def _tick(self) -> None:
         if not self._downloading or self._download_over:
             return
         now = asyncio.get_running_loop().time()
+        if not self.session.lxd_is_up.is_set():
+            self._last_byte_at = now
+            return
         # A slow download gives no sign for long, but its file grows.
         stored = await self.session.lxd.in_thread(
             _bytes_in, f"{self.session.settings.lxd_dir}/images"
@@ -285,6 +329,24 @@ def image_server(url: str, *, lsb_release: str = "/etc/lsb-release") -> str:
         if key.strip() == "CHROMEOS_RELEASE_CHROME_MILESTONE" and value.strip():
             return url.replace("%d", value.strip())
     return url
+
+
+def image_source(request: pb.CreateContainerRequest) -> FromServer | FromFiles:
+    """Where the image of a request comes from."""
+    if request.rootfs_path or request.metadata_path:
+        return FromFiles(request.rootfs_path, request.metadata_path)
+    return FromServer(image_server(request.image_server), request.image_alias)
+
+
+def source_problem(source: FromServer | FromFiles) -> str:
+    """Why a container cannot be made from that source, or ""; blocks."""
+    if isinstance(source, FromFiles):
+        return files_problem(source)
+    if not source.server or not source.alias:
+        return "it takes image_server and image_alias, or rootfs_path and metadata_path"
+    if not source.server.startswith(("http://", "https://")):
+        return "the URL of the image server begins with neither http:// nor https://"
+    return ""
 
 
 def files_problem(source: FromFiles) -> str:

@@ -109,6 +109,12 @@ class LxdOperations:
         if operation.ended:
             self._followed.pop(operation.identity, None)
 
+    def give_up(self) -> None:
+        """Ends every followed operation: LXD has been away for too long."""
+        for operation in self._followed.values():
+            operation.lost("LXD does not answer any more")
+        self._followed.clear()
+
     async def catch_up(self) -> None:
         """Asks LXD about each followed operation, after a time without events."""
         for operation in list(self._followed.values()):

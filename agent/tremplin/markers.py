@@ -21,6 +21,12 @@ async def mark(lxd: LxdClient, container: str, marker: str) -> None:
         await lxd.request("put", "instances", container, "metadata", json=metadata)
 
 
+async def is_ours(lxd: LxdClient, container: str) -> bool:
+    """Whether a container was made by tremplin and is whole. Raises LxdError."""
+    metadata = await lxd.get("instances", container, "metadata")
+    return CREATED in (metadata.get("properties") or {})
+
+
 async def is_unfinished(lxd: LxdClient, container: str) -> bool:
     """Whether a container is ours and was never started. Raises LxdError."""
     metadata = await lxd.get("instances", container, "metadata")

@@ -19,9 +19,17 @@ from agent.tremplin.lxd_operations import LxdCancelledError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
+    from google.protobuf.message import Message
+
     from agent.tremplin.session import Session
 
 _log = logging.getLogger(__name__)
+
+
+_LXD_SECONDS = 60.0
+"""How long the report of a failure waits for LXD, to undo what was done."""
 
 
 class Outcome(enum.Enum):
@@ -46,10 +54,18 @@ class Operation(ABC):
 
     verb: str
     """What is done, for "cannot VERB container NAME: why"."""
+    method: str
+    """The RPC that asks for it."""
 
-    def __init__(self, session: Session, container: str) -> None:
+    def __init__(self, session: Session, request: Any) -> None:
+        """request: of the RPC."""
         self.session = session
-        self.container = container
+        self.request = request
+        self.container: str = request.container_name
+        self.notes: dict[str, Any] = {}
+        """What it needs to know if it is carried on by another tremplin; see note()."""
+        self.resumed = False
+        """Whether another tremplin, which was killed, began it."""
         self.answered = asyncio.Event()
         """Set when the call that started it has been answered: no report goes out before."""
         self.outcome: Outcome | None = None
@@ -65,7 +81,7 @@ class Operation(ABC):
 
     @abstractmethod
     def report_end(self, outcome: Outcome, reason: str) -> None:
-        """Hands the final report to the reporter."""
+        """Tells the host how it ended, with report()."""
 
     async def clean_up(self) -> None:  # noqa: B027  most have nothing to remove
         """Removes what work() left, after it has not succeeded."""
@@ -73,7 +89,37 @@ class Operation(ABC):
     def start(self) -> None:
         """Begins to work."""
         self.session.running.add(self)
+        self.note()
         self._task = asyncio.create_task(self._run())
+
+    def resume(self, notes: dict[str, Any]) -> None:
+        """Carries on what another tremplin began. notes: what that one knew."""
+        self.notes = notes
+        self.resumed = True
+        self.answered.set()
+        self.start()
+
+    def note(self, **notes: str | int) -> None:
+        """Writes down what another tremplin would need to know to carry it on."""
+        self.notes |= notes
+        self.session.journal.note(self.method, self.container, self.request, self.notes)
+
+    def report(self, method: str, message: Message, *, final: bool = True) -> None:
+        """Reports to the host; method: of TremplinListener."""
+        self.session.reporter.report(
+            method,
+            message,
+            container=self.container,
+            kind=self,
+            final=final,
+            held_until=self.answered,
+            on_delivered=self._told if final else None,
+        )
+
+    def _told(self) -> None:
+        # Unless it was asked for again in the meantime.
+        if self.session.operation(type(self), self.container) is None:
+            self.session.journal.end(self.method, self.container)
 
     def cancel(self) -> None:
         """Asks it to stop; it ends when what it did is undone."""
@@ -86,8 +132,11 @@ class Operation(ABC):
         if outcome is not Outcome.DONE:
             reason = f"cannot {self.verb} container {self.container}: {reason}"
             try:
+                # LXD itself may be what failed; it is back soon.
+                async with asyncio.timeout(_LXD_SECONDS):
+                    await self.session.lxd_is_up.wait()
                 await self.clean_up()
-            except (LxdError, OSError) as error:
+            except (LxdError, OSError) as error:  # a TimeoutError is an OSError
                 _log.warning("%s; cannot clean up after it: %s", reason, error)
             _log.warning("%s", reason)
         self.outcome = outcome

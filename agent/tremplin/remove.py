@@ -23,6 +23,7 @@ class Delete(Operation):
     """Removes a container, stopping it first; one that is being made is given up."""
 
     verb = "delete"
+    method = "DeleteContainer"
 
     async def work(self) -> None:
         """See Operation."""
@@ -42,14 +43,11 @@ class Delete(Operation):
             Outcome.DONE: pb.ContainerDeletionProgress.DELETED,
             Outcome.CANCELLED: pb.ContainerDeletionProgress.CANCELLED,
         }.get(outcome, pb.ContainerDeletionProgress.FAILED)
-        self.session.reporter.report(
+        self.report(
             "UpdateDeletionStatus",
             pb.ContainerDeletionProgress(
                 status=status, container_name=self.container, failure_reason=reason
             ),
-            container=self.container,
-            kind=self,
-            held_until=self.answered,
         )
 
 

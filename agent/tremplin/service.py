@@ -17,7 +17,7 @@ from agent.tremplin.lxd_client import LxdClient, LxdError
 from agent.tremplin.lxd_events import EventStream
 from agent.tremplin.lxd_setup import set_up_lxd
 from agent.tremplin.reporter import Reporter
-from agent.tremplin.servicer import Servicer
+from agent.tremplin.servicer import Servicer, resume
 from agent.tremplin.session import Session, Settings
 
 TYPE_CHECKING = False
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SETUP_RETRY_SECONDS = (0.5, 15.0)
+_LXD_AWAY_SECONDS = 60.0
+"""After so long without LXD what it was doing is reported as failed."""
 _STOP_SECONDS = 1.8
 """What the containers get when the VM goes down, before LXD itself is told to stop them."""
 _FAREWELL_SECONDS = 0.2
@@ -56,6 +58,7 @@ async def serve(options: Options) -> None:
         await _ready(session, stopping)
         listener = None
         if not stopping.done():
+            resume(session)
             listener = await listen(
                 server, options["tremplin.listen"], run_dir=run_dir, name="tremplin"
             )
@@ -82,6 +85,7 @@ def _stop(stopping: asyncio.Future[signal.Signals], number: signal.Signals) -> N
 
 async def _follow(session: Session) -> None:
     lifecycle = Lifecycle(session)
+    giving_up: asyncio.TimerHandle | None = None
 
     async def connected() -> None:
         try:
@@ -90,6 +94,8 @@ async def _follow(session: Session) -> None:
         except LxdError as error:
             raise ConnectionError(str(error)) from None
         session.lxd_is_up.set()
+        if giving_up is not None:
+            giving_up.cancel()
 
     def on_event(event: dict[str, Any]) -> None:
         metadata = event.get("metadata") or {}
@@ -98,13 +104,23 @@ async def _follow(session: Session) -> None:
         elif event.get("type") == "lifecycle":
             lifecycle.on_event(metadata)
 
+    def lost() -> None:
+        nonlocal giving_up
+        session.lxd_is_up.clear()
+        if giving_up is not None:
+            giving_up.cancel()
+        giving_up = asyncio.get_running_loop().call_later(
+            _LXD_AWAY_SECONDS, session.lxd_operations.give_up
+        )
+
     stream = EventStream(
-        session.lxd.socket_path,
-        on_event=on_event,
-        on_connected=connected,
-        on_lost=session.lxd_is_up.clear,
+        session.lxd.socket_path, on_event=on_event, on_connected=connected, on_lost=lost
     )
-    await stream.run()
+    try:
+        await stream.run()
+    finally:
+        if giving_up is not None:
+            giving_up.cancel()
 
 
 async def _ready(session: Session, stopping: asyncio.Future[signal.Signals]) -> None:

@@ -12,7 +12,7 @@ from agent.pb import tremplin_pb2 as pb
 from agent.pb.tremplin_pb2_grpc import TremplinServicer
 from agent.tremplin import markers
 from agent.tremplin.accounts import AccountError, without_name
-from agent.tremplin.create import Create, FromFiles, FromServer, files_problem, image_server
+from agent.tremplin.create import Create, image_source, source_problem
 from agent.tremplin.info import container_info
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.names import name_problem
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     import grpc.aio
+    from google.protobuf.message import Message
 
     from agent.tremplin.accounts import Plan
     from agent.tremplin.session import Session
@@ -65,9 +66,9 @@ class Servicer(TremplinServicer):
         """Begins to make a container, unless it is there and whole."""
         name = request.container_name
         try:
-            problem = name_problem(name)
-            source, source_problem = await self._image_source(request)
-            problem = problem or source_problem
+            problem = name_problem(name) or await asyncio.to_thread(
+                source_problem, image_source(request)
+            )
             if problem:
                 return _create_failed(name, problem)
             if self._session.operation(Create, name):
@@ -77,23 +78,8 @@ class Servicer(TremplinServicer):
         except LxdError as error:
             return _create_failed(name, one_line(error))
         if not self._session.operation(Create, name):
-            self._begin(Create(self._session, name, source), context)
+            self._begin(Create(self._session, request), context)
         return pb.CreateContainerResponse(status=pb.CreateContainerResponse.CREATING)
-
-    async def _image_source(
-        self, request: pb.CreateContainerRequest
-    ) -> tuple[FromServer | FromFiles, str]:
-        if request.rootfs_path or request.metadata_path:
-            files = FromFiles(request.rootfs_path, request.metadata_path)
-            return files, await asyncio.to_thread(files_problem, files)
-        server = FromServer(image_server(request.image_server), request.image_alias)
-        if not request.image_server or not request.image_alias:
-            return server, (
-                "it takes image_server and image_alias, or rootfs_path and metadata_path"
-            )
-        if not server.server.startswith(("http://", "https://")):
-            return server, "the URL of the image server begins with neither http:// nor https://"
-        return server, ""
 
     async def _is_whole(self, name: str) -> bool:
         instance = await self._session.instance(name)
@@ -123,7 +109,7 @@ class Servicer(TremplinServicer):
             )
         if not there:
             return statuses(status=statuses.DOES_NOT_EXIST)
-        self._begin(Delete(self._session, name), context)
+        self._begin(Delete(self._session, request), context)
         return statuses(status=statuses.DELETING)
 
     async def StartContainer(
@@ -195,7 +181,7 @@ class Servicer(TremplinServicer):
             return statuses(status=statuses.DOES_NOT_EXIST)
         if instance["status"] == "Stopped" and not self._session.operation(Start, name):
             return statuses(status=statuses.STOPPED)
-        self._begin(Stop(self._session, name), context)
+        self._begin(Stop(self._session, request), context)
         return statuses(status=statuses.STOPPING)
 
     async def GetContainerUsername(
@@ -302,6 +288,22 @@ class Servicer(TremplinServicer):
 
         context.add_done_callback(answered)  # type: ignore[arg-type]  # no Protocol in the stubs
         operation.start()
+
+
+def resume(session: Session) -> None:
+    """Carries on what a tremplin that was killed had begun."""
+    kinds: dict[str, tuple[type[Operation], type[Message]]] = {
+        Create.method: (Create, pb.CreateContainerRequest),
+        Delete.method: (Delete, pb.DeleteContainerRequest),
+        Start.method: (Start, pb.StartContainerRequest),
+        Stop.method: (Stop, pb.StopContainerRequest),
+    }
+    for method, request, notes in session.journal.left_over():
+        if method in kinds:
+            operation, message = kinds[method]
+            begun = operation(session, message.FromString(request))
+            _log.info("carrying on to %s container %s", begun.verb, begun.container)
+            begun.resume(notes)
 
 
 def _cannot(verb: str, container: str, why: str) -> str:

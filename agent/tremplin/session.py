@@ -7,6 +7,7 @@ import ctypes
 import os
 from typing import NamedTuple
 
+from agent.tremplin.journal import Journal
 from agent.tremplin.lxd_client import LxdClient, LxdNotFoundError
 from agent.tremplin.lxd_operations import LxdOperations
 
@@ -30,6 +31,7 @@ class Settings(NamedTuple):
     token_dir: str
     shared_dir: str
     resolv_conf: str
+    run_dir: str
     download_timeout: float
     """Seconds without a byte until a download is given up."""
 
@@ -43,6 +45,7 @@ class Settings(NamedTuple):
             token_dir=options["tremplin.token_dir"],
             shared_dir=options["tremplin.shared_dir"],
             resolv_conf=options["tremplin.resolv_conf"],
+            run_dir=options["tremplin.run_dir"],
             download_timeout=options["tremplin.download_timeout"],
         )
 
@@ -57,6 +60,7 @@ class Session:
         self.reporter = reporter
         self.lxd_is_up = asyncio.Event()
         """Set while LXD's events flow."""
+        self.journal = Journal(f"{settings.run_dir}/tremplin-operations.json")
         self.running: set[Operation] = set()
         """Our long operations that have not ended."""
 

@@ -36,10 +36,10 @@ class Start(Operation):
     """Starts a container that is not running."""
 
     verb = "start"
+    method = "StartContainer"
 
     def __init__(self, session: Session, request: pb.StartContainerRequest) -> None:
-        super().__init__(session, request.container_name)
-        self._request = request
+        super().__init__(session, request)
         self.os_release = pb.OsRelease()
         """What the container says of itself, as soon as it has been read."""
 
@@ -69,15 +69,12 @@ class Start(Operation):
         self, status: pb.ContainerStartProgress.Status.ValueType, *, reason: str = ""
     ) -> None:
         starting = status == pb.ContainerStartProgress.STARTING
-        self.session.reporter.report(
+        self.report(
             "UpdateStartStatus",
             pb.ContainerStartProgress(
                 status=status, container_name=self.container, failure_reason=reason
             ),
-            container=self.container,
-            kind=self,
             final=not starting,
-            held_until=self.answered,
         )
 
     async def _heartbeat(self) -> None:
@@ -90,10 +87,10 @@ class Start(Operation):
         if instance is None:
             raise OperationError("there is no such container")
         token_file = token_path(self.session.settings.token_dir, self.container)
-        await asyncio.to_thread(write_token, token_file, self._request.token)
+        await asyncio.to_thread(write_token, token_file, self.request.token)
         wanted_config = {}
-        if self._request.privilege_level in _PRIVILEGE:
-            wanted_config["security.privileged"] = _PRIVILEGE[self._request.privilege_level]
+        if self.request.privilege_level in _PRIVILEGE:
+            wanted_config["security.privileged"] = _PRIVILEGE[self.request.privilege_level]
         wanted_devices = {
             "container_token": {
                 "type": "disk",

@@ -22,6 +22,7 @@ class Stop(Operation):
     """Stops a container that is not stopped."""
 
     verb = "stop"
+    method = "StopContainer"
 
     async def work(self) -> None:
         """See Operation."""
@@ -63,12 +64,9 @@ class Stop(Operation):
             Outcome.DONE: pb.ContainerStopProgress.STOPPED,
             Outcome.CANCELLED: pb.ContainerStopProgress.CANCELLED,
         }.get(outcome, pb.ContainerStopProgress.FAILED)
-        self.session.reporter.report(
+        self.report(
             "UpdateStopStatus",
             pb.ContainerStopProgress(
                 status=status, container_name=self.container, failure_reason=reason
             ),
-            container=self.container,
-            kind=self,
-            held_until=self.answered,
         )

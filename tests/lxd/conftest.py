@@ -55,5 +55,4 @@ def tremplin(shared_tremplin: Tremplin) -> Iterator[Tremplin]:
     shared_tremplin.host.hooks.clear()
     machine = shared_tremplin.machine
     machine.behave()
-    for name in machine.containers():
-        machine.run("lxc", "delete", "--force", name)
+    machine.remove_containers()

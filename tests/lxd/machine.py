@@ -147,6 +147,16 @@ class Machine:
         found = self.api.instances.get(params={"recursion": "1"}).json()["metadata"]
         return {one["name"]: one["status"] for one in found}
 
+    def remove_containers(self) -> None:
+        """Removes every container, when LXD has finished what it has in hand with it."""
+
+        def all_gone() -> bool:
+            for name in self.containers():
+                self.run("lxc", "delete", "--force", name, check=False)
+            return not self.containers()
+
+        wait_until(all_gone, "the end of the last container")
+
     def images(self) -> list[str]:
         """The fingerprints of LXD's images."""
         return [path.rsplit("/", 1)[1] for path in self.api.images.get().json()["metadata"]]
