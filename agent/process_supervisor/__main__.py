@@ -36,11 +36,18 @@ def main(words: list[str]) -> int:
     except OptionError as error:
         write_line("init", str(error))
         return 2
-    return _run_machine(words) if options["maitred.setup"] else _run_guest_of_machine(options)
+    handed_over = os.environ.pop("PROCESS_SUPERVISOR_STATE", "")
+    state = int(handed_over) if handed_over.isdigit() else None
+    if options["maitred.setup"]:
+        return _run_machine(words, state)
+    return _run_guest_of_machine(options, state)
 
 
-def _run_machine(words: list[str]) -> int:
-    """As the PID 1 of a VM: sets it up, and powers it off in the end."""
+def _run_machine(words: list[str], state: int | None) -> int:
+    """As the PID 1 of a VM: sets it up, and powers it off in the end.
+
+    state: the memfd of the PID 1 before an upgrade; the machine is set up then.
+    """
     from agent.process_supervisor import machine
 
     if os.getpid() == 1:
@@ -48,13 +55,15 @@ def _run_machine(words: list[str]) -> int:
     if not machine.is_own_machine():
         write_line("init", "cannot set the machine up: not its PID 1; use maitred.setup=no")
         return 2
-    machine.open_console()
-    machine.mount_kernel_filesystems()
+    if state is None:
+        machine.open_console()
+        machine.mount_kernel_filesystems()
     options = _machine_options(words)
-    machine.make_writable()
-    machine.share_mounts()
-    machine.set_limits()
-    machine.set_hostname()
+    if state is None:
+        machine.make_writable()
+        machine.share_mounts()
+        machine.set_limits()
+        machine.set_hostname()
 
     def finish(killed: list[str]) -> None:
         from agent.process_supervisor.power_off import power_off  # loaded by then
@@ -64,16 +73,21 @@ def _run_machine(words: list[str]) -> int:
     supervisor = Supervisor(
         run_dir=options["maitred.run_dir"],
         stdio=Stdio(machine.CONSOLE),
+        log="/dev/log",
+        cgroups=machine.CGROUPS,
         descendants_only=False,
         finish=finish,
     )
-    machine.step("open the control socket", supervisor.listen)
-    supervisor.launch_maitred(_maitred_argv(options))
+    if state is None or not supervisor.resume(state):
+        machine.step("open the control socket", supervisor.listen)
+        supervisor.launch_maitred(_maitred_argv(options))
 
     def afterwards() -> None:
-        machine.apply_settings()
         import agent.process_supervisor.power_off  # noqa: F401  # with what load_the_rest loads
 
+        if state is not None:
+            return
+        machine.apply_settings()
         if modules := machine.modules():
             supervisor.launch_once(["/sbin/modprobe", "-a", *modules], name="modprobe")
 
@@ -92,7 +106,7 @@ def _machine_options(words: list[str]) -> Options:
     return parse(words, ALL, on_error=lambda error: write_line("init", str(error)))
 
 
-def _run_guest_of_machine(options: Options) -> int:
+def _run_guest_of_machine(options: Options, state: int | None) -> int:
     """Without touching the machine, in a PID namespace or as a subreaper."""
     if os.getpid() != 1:
         import prctl
@@ -107,15 +121,18 @@ def _run_guest_of_machine(options: Options) -> int:
     supervisor = Supervisor(
         run_dir=options["maitred.run_dir"],
         stdio=Stdio(None),
+        log=None,
+        cgroups=None,
         descendants_only=True,
         finish=finish,
     )
-    try:
-        supervisor.listen()
-    except OSError as error:
-        write_line("init", f"cannot listen on {error.filename}: {error.strerror}")
-        return 1
-    supervisor.launch_maitred(_maitred_argv(options))
+    if state is None or not supervisor.resume(state):
+        try:
+            supervisor.listen()
+        except OSError as error:
+            write_line("init", f"cannot listen on {error.filename}: {error.strerror}")
+            return 1
+        supervisor.launch_maitred(_maitred_argv(options))
     supervisor.load_the_rest()
     supervisor.run()
     return 0

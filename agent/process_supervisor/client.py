@@ -12,6 +12,8 @@ have the same methods. Nothing else of this package is for import by others.
 
 from __future__ import annotations
 
+import binascii
+
 from agent.process_supervisor.lean import socket
 from agent.process_supervisor.protocol import (
     MAX_LINE,
@@ -90,6 +92,10 @@ class Event:
         self.name: str = message["event"]
         self.key: str = message.get("key", "")
         self.fields = message
+
+    def output(self) -> bytes:
+        """What was printed, of an event named output."""
+        return binascii.a2b_base64(self.fields.get("data", ""))
 
     def __repr__(self) -> str:
         return f"<event {self.name} {self.key}>"
@@ -211,9 +217,22 @@ class Client:
         process: dict[str, Any] = self.request("list", key=key)["processes"][0]
         return process
 
-    def events(self) -> Iterator[Event]:
-        """Every event from this call on. The connection is good for nothing else after it."""
-        self.request("events")
+    def output(self, key: str, offset: int = 0) -> tuple[int, bytes]:
+        """What a process has printed, from offset on, as far as it is kept; and where that ends."""
+        output = b""
+        while True:
+            answer = self.request("output", key=key, offset=offset)
+            output += binascii.a2b_base64(answer["data"])
+            offset = answer["offset"] + len(binascii.a2b_base64(answer["data"]))
+            if offset >= answer["end"]:
+                return offset, output
+
+    def events(self, *, output: bool = False) -> Iterator[Event]:
+        """Every event from this call on. The connection is good for nothing else after it.
+
+        output: with what processes print, as events named output.
+        """
+        self.request("events", output=output)
         return self._follow()
 
     def _follow(self) -> Iterator[Event]:
@@ -358,8 +377,11 @@ class AsyncClient:
         process: dict[str, Any] = (await self.request("list", key=key))["processes"][0]
         return process
 
-    async def events(self) -> AsyncIterator[Event]:
-        """Every event from the first step of the iteration on. Raises SupervisorGone at the end."""
+    async def events(self, *, output: bool = False) -> AsyncIterator[Event]:
+        """Every event from the first step of the iteration on. Raises SupervisorGone at the end.
+
+        output: with what processes print, as events named output.
+        """
         import asyncio
 
         self._number += 1
@@ -367,7 +389,7 @@ class AsyncClient:
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
         self._streams[number] = queue
         try:
-            await self._request(number, "events", {})
+            await self._request(number, "events", {"output": output})
             while (event := await queue.get()) is not None:
                 yield event
             raise SupervisorGone(f"cannot follow events: {self._gone}")

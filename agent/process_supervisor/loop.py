@@ -115,6 +115,7 @@ class Loop(Timers):
         signal.set_wakeup_fd(self._wake_up, warn_on_full_buffer=False)
         for number in handlers:
             signal.signal(number, lambda number, _frame: self._arrived.add(number))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, handlers)  # blocked over an upgrade
         self.watch(receiver, READABLE, lambda _mask: self._signals(receiver))
 
     def _signals(self, receiver: int) -> None:

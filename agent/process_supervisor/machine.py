@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 HOSTNAME = "termina"
 CONSOLE = "/dev/console"
+CGROUPS = "/sys/fs/cgroup/supervised"
+"""The cgroup below which processes with limits of their own get theirs."""
 
 _PROTECTED = MS_NOSUID | MS_NODEV | MS_NOEXEC
 
@@ -180,11 +182,15 @@ def apply_settings() -> None:
     for name, value in _SETTINGS:
         path = f"/proc/sys/{name.replace('.', '/')}"
         step("write", _write, path, value)
-    controllers = "/sys/fs/cgroup/cgroup.controllers"
-    if os.path.exists(controllers):
-        with open(controllers, encoding="ascii") as file:
-            wanted = " ".join(f"+{name}" for name in file.read().split())
-        step("write", _write, "/sys/fs/cgroup/cgroup.subtree_control", wanted)
+    step("create", os.makedirs, CGROUPS)
+    for group in (os.path.dirname(CGROUPS), CGROUPS):
+        step("enable the controllers of", _enable_controllers, group)
+
+
+def _enable_controllers(group: str) -> None:
+    with open(f"{group}/cgroup.controllers", encoding="ascii") as file:
+        wanted = " ".join(f"+{name}" for name in file.read().split())
+    _write(f"{group}/cgroup.subtree_control", wanted)
 
 
 def _write(path: str, text: str) -> None:

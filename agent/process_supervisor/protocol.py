@@ -14,9 +14,11 @@ Any number of requests may be in flight; answers come in the order in which they
     signal    key, signal (name)                            -> pid
     stop      key: end it, do not respawn it                -> key, state, when it has ended
     start     key: again, when it has ended                 -> key, pid, state
+    output    key, offset                                   -> offset, end, data (base64)
     list      key (one of them), after (serial of the last) -> processes, more, supervisor
-    events                                                  -> and then events
+    events    output: with what processes print             -> and then events
     cancel    request: the id of a wait or launch           -> (that one gets no answer)
+    upgrade                                                 -> when PID 1 is about to execute anew
     shutdown  reason                                        -> at once, then the power-off
 """
 
@@ -38,6 +40,10 @@ MAX_LINE = 65536
 
 SIGNALS = signal_names()
 STOP_STAGES = ("first", "normal", "last")
+RLIMITS = (
+    *("as", "core", "cpu", "data", "fsize", "memlock", "msgqueue", "nice", "nofile", "nproc"),
+    *("rtprio", "rttime", "sigpending", "stack"),
+)
 DEFAULT_PATH = "/usr/bin:/usr/sbin:/bin:/sbin"
 """Where argv[0] is looked up, and PATH of a process that was given none."""
 
@@ -88,19 +94,30 @@ class ProcessSpec:
     console: stdio is /dev/console instead of nothing.
     once: with a name, started once per boot; launching it again returns the first one.
     stop_signal, stop_timeout (s), stop_stage: how and when it is stopped, SIGKILL after that.
+    user, group: whom it runs as, with the supplementary groups of user; "" for root.
+    no_new_privs: as in prctl(2). capabilities: names that stay in its bounding set, None for all.
+    rlimits: [soft, hard] by name without RLIMIT_, in small letters; -1 for no limit.
+    memory_max (bytes), pids_max: limits of a cgroup of its own; 0 for none.
     """
 
     __slots__ = (
         "argv",
         "backoff",
+        "capabilities",
         "console",
         "env",
+        "group",
+        "memory_max",
         "name",
+        "no_new_privs",
         "once",
+        "pids_max",
         "respawn",
+        "rlimits",
         "stop_signal",
         "stop_stage",
         "stop_timeout",
+        "user",
     )
 
     def __init__(
@@ -116,6 +133,13 @@ class ProcessSpec:
         stop_signal: str = "SIGTERM",
         stop_timeout: float = 10.0,
         stop_stage: str = "normal",
+        user: str = "",
+        group: str = "",
+        no_new_privs: bool = False,
+        capabilities: Sequence[str] | None = None,
+        rlimits: Mapping[str, Sequence[int]] | None = None,
+        memory_max: int = 0,
+        pids_max: int = 0,
     ) -> None:
         self.argv = list(argv)
         self.env = dict(env or {})
@@ -127,6 +151,25 @@ class ProcessSpec:
         self.stop_signal = stop_signal
         self.stop_timeout = stop_timeout
         self.stop_stage = stop_stage
+        self.user = user
+        self.group = group
+        self.no_new_privs = no_new_privs
+        self.capabilities = None if capabilities is None else list(capabilities)
+        self.rlimits = {name: list(pair) for name, pair in (rlimits or {}).items()}
+        self.memory_max = memory_max
+        self.pids_max = pids_max
+
+    def confined(self) -> bool:
+        """Whether it is to run with less than full root."""
+        return bool(
+            self.user
+            or self.group
+            or self.no_new_privs
+            or self.capabilities is not None
+            or self.rlimits
+            or self.memory_max
+            or self.pids_max
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ProcessSpec) and other.to_wire() == self.to_wire()
@@ -195,6 +238,28 @@ def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_account(value: object) -> bool:
+    return _is_name(value) and not set(str(value)) & set(":/,")
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_name, value))
+
+
+def _is_rlimits(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        name in RLIMITS
+        and isinstance(pair, list)
+        and len(pair) == 2
+        and all(type(limit) is int and -1 <= limit < 2**63 for limit in pair)
+        for name, pair in value.items()
+    )
+
+
+def _is_amount(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
 def _is_signal(value: object) -> bool:
     return isinstance(value, str) and value in SIGNALS
 
@@ -206,12 +271,19 @@ def _is_timeout(value: object) -> bool:
 _CHECKS = {
     "argv": _is_argv,
     "backoff": _is_flag,
+    "capabilities": _is_names,
     "console": _is_flag,
     "env": _is_env,
+    "group": _is_account,
+    "memory_max": _is_amount,
     "name": _is_name,
+    "no_new_privs": _is_flag,
     "once": _is_flag,
+    "pids_max": _is_amount,
     "respawn": _is_flag,
+    "rlimits": _is_rlimits,
     "stop_signal": _is_signal,
     "stop_stage": STOP_STAGES.__contains__,
     "stop_timeout": _is_timeout,
+    "user": _is_account,
 }

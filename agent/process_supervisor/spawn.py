@@ -28,26 +28,30 @@ class Stdio:
     """
 
     def __init__(self, console: str | None) -> None:
-        self._quiet = _three("/dev/null")
-        self._console = (
-            _three(console)
-            if console
-            else [
-                (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
-                (os.POSIX_SPAWN_DUP2, 2, 1),
-                # Onto itself: takes close-on-exec away, which the descriptor may have.
-                (os.POSIX_SPAWN_DUP2, 2, 2),
-            ]
-        )
+        self._console = console
 
-    def actions(self, spec: ProcessSpec) -> list[tuple[Any, ...]]:
-        """The file actions of posix_spawn for a process."""
-        return self._console if spec.console else self._quiet
+    def actions(self, spec: ProcessSpec, writer: int | None) -> list[tuple[Any, ...]]:
+        """The file actions of posix_spawn for a process.
+
+        writer: where its output goes when it has no console; None for nowhere.
+        """
+        if spec.console and self._console:
+            return _from(self._console, os.O_NOCTTY)
+        if spec.console:
+            writer = 2
+        if writer is None:
+            return _from("/dev/null", 0)
+        return [
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
+            (os.POSIX_SPAWN_DUP2, writer, 1),
+            # 2 onto itself takes close-on-exec away, which it may have.
+            (os.POSIX_SPAWN_DUP2, writer, 2),
+        ]
 
 
-def _three(path: str) -> list[tuple[Any, ...]]:
+def _from(path: str, flags: int) -> list[tuple[Any, ...]]:
     return [
-        (os.POSIX_SPAWN_OPEN, 0, path, os.O_RDWR | os.O_NOCTTY, 0),
+        (os.POSIX_SPAWN_OPEN, 0, path, os.O_RDWR | flags, 0),
         (os.POSIX_SPAWN_DUP2, 0, 1),
         (os.POSIX_SPAWN_DUP2, 0, 2),
     ]
@@ -70,17 +74,23 @@ def find_program(name: str) -> str:
     raise OSError(error, os.strerror(error), name)
 
 
-def spawn(spec: ProcessSpec, stdio: Stdio) -> int:
+def spawn(spec: ProcessSpec, actions: list[tuple[Any, ...]], cgroup: str | None) -> int:
     """Starts what spec says; the pid. When this returns, the program is being executed.
 
+    actions: from Stdio. cgroup: path for its cgroup, if it has limits; None: no cgroups here.
     Raises OSError when it cannot be executed, ValueError for text that cannot be an argument.
     """
+    program = find_program(spec.argv[0])
     env = {"PATH": DEFAULT_PATH, **spec.env}
+    if spec.confined():
+        from agent.process_supervisor.confine import spawn_confined
+
+        return spawn_confined(program, spec, env, actions, cgroup)
     return os.posix_spawn(
-        find_program(spec.argv[0]),
+        program,
         spec.argv,
         env,
-        file_actions=stdio.actions(spec),
+        file_actions=actions,
         setsid=True,
         setsigmask=(),
         setsigdef=_DEFAULT_SIGNALS,

@@ -9,8 +9,9 @@ import sys
 
 from agent.console import write_line
 from agent.process_supervisor.control import Control, listen
-from agent.process_supervisor.lean import signal
+from agent.process_supervisor.lean import signal, socket
 from agent.process_supervisor.loop import Loop, report
+from agent.process_supervisor.output import Outputs, Ring, SystemLog
 from agent.process_supervisor.protocol import ProcessSpec, ProtocolError, socket_path
 from agent.process_supervisor.spawn import Stdio, spawn
 from agent.process_supervisor.table import Table
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from agent.process_supervisor.output import Pipe
     from agent.process_supervisor.shutdown import Shutdown
     from agent.process_supervisor.table import Process
 
@@ -29,12 +31,16 @@ _REAPED_PER_TURN = 1000
 MAITRED = "maitred"
 """The name of maitred in the table."""
 
+_UPGRADE_CHECK = "upgrade-check"
+
 
 class Supervisor:
     """One PID 1.
 
-    run_dir: where the control socket is. stdio: what processes get. descendants_only: signal
-    nothing else at shutdown. finish: told who had to be killed when all processes are gone.
+    run_dir: where the control socket is. stdio: what processes get. log: path of syslog's socket,
+    for what they print; cgroups: the cgroup below which they get their own; None for neither.
+    descendants_only: signal nothing else at shutdown. finish: told who had to be killed when all
+    processes are gone.
     """
 
     def __init__(
@@ -42,21 +48,31 @@ class Supervisor:
         *,
         run_dir: str,
         stdio: Stdio,
+        log: str | None,
+        cgroups: str | None,
         descendants_only: bool,
         finish: Callable[[list[str]], None],
     ) -> None:
         self._run_dir = run_dir
+        self._stdio = stdio
+        self._cgroups = cgroups
         self._descendants_only = descendants_only
         self._finish = finish
         self._control: Control | None = None
         self._shutdown: Shutdown | None = None
         self._running = True
         self._orphans = 0
+        self._upgrades = 0
         self.loop = Loop()
+        self._outputs = Outputs(
+            self.loop,
+            log=SystemLog(log).write if log else None,
+            follower=self._printed,
+        )
         self._started_at = self.loop.now()
         self.table = Table(
             timers=self.loop,
-            spawn=lambda spec: spawn(spec, stdio),
+            spawn=self._spawn,
             kill=_kill,
             emit=self._emit,
             random=lambda: os.urandom(1)[0] / 255,
@@ -67,6 +83,7 @@ class Supervisor:
                 signal.SIGTERM: lambda: self.shut_down("SIGTERM"),
                 signal.SIGINT: lambda: self.shut_down("SIGINT"),
                 signal.SIGPWR: lambda: self.shut_down("SIGPWR"),
+                signal.SIGUSR2: lambda: self.upgrade(self._say_refusal),
             }
         )
 
@@ -74,13 +91,18 @@ class Supervisor:
         """Opens the control socket. Raises OSError."""
         os.makedirs(self._run_dir, 0o700, exist_ok=True)
         os.chmod(self._run_dir, 0o700)
+        self._serve(listen(socket_path(self._run_dir)))
+
+    def _serve(self, server: socket.socket) -> Control:
         self._control = Control(
             loop=self.loop,
             table=self.table,
-            server=listen(socket_path(self._run_dir)),
+            server=server,
             describe=self._describe,
             shut_down=self.shut_down,
+            upgrade=self.upgrade,
         )
+        return self._control
 
     def launch_maitred(self, argv: list[str]) -> None:
         """Starts maitred: it comes back whenever it ends, however often."""
@@ -139,6 +161,67 @@ class Supervisor:
             finished=self._finished,
         )
 
+    def upgrade(self, answer: Callable[[str], None]) -> None:
+        """Executes the program as it is on the disk now, after a check that it can be loaded.
+
+        answer: told why it is not possible, or "" just before.
+        """
+        if self._shutdown or not self._control:
+            answer("shutting down" if self._shutdown else "there is no control socket")
+            return
+        from agent.process_supervisor.upgrade import check_command
+
+        try:
+            check, _ = self.table.launch(ProcessSpec(check_command(), name=_UPGRADE_CHECK))
+        except ProtocolError as error:
+            answer(str(error))
+            return
+        self.table.wait(check.key, answer, lambda: self._upgrade_now(check, answer))
+
+    def _upgrade_now(self, check: Process, answer: Callable[[str], None]) -> None:
+        if self._shutdown or not self._control or check.last_exit != ("exited", 0):
+            printed = check.ring.read(0, 4096)[1].decode(errors="replace") if check.ring else ""
+            reason = (printed.splitlines() or ["no reason given"])[-1]
+            answer(f"the new program cannot be loaded: {reason}")
+            return
+        from agent.process_supervisor.upgrade import execute_anew
+
+        answer("")
+        write_line("init", "executing the program anew")
+        own = {
+            "started_at": self._started_at,
+            "orphans": self._orphans,
+            "upgrades": self._upgrades + 1,
+        }
+        try:
+            execute_anew(self.table, self._control, self._outputs, own)
+        except OSError as error:
+            write_line("init", f"cannot execute the program anew: {error.strerror}")
+
+    @staticmethod
+    def _say_refusal(refusal: str) -> None:
+        if refusal:
+            write_line("init", f"cannot upgrade: {refusal}")
+
+    def resume(self, fd: int) -> bool:
+        """Takes over from the PID 1 before an upgrade; False when that is not possible.
+
+        fd: the memfd it left behind.
+        """
+        from agent.process_supervisor.upgrade import State
+
+        try:
+            state = State(fd)
+            state.restore(self.table, self._outputs)
+            self._started_at = state.own["started_at"]
+            self._orphans = state.own["orphans"]
+            self._upgrades = state.own["upgrades"]
+            state.restore_clients(self._serve(state.server()), self.table)
+        except Exception as error:  # noqa: BLE001  # PID 1 goes on, with what it has
+            report(error, "take over everything from before the upgrade")
+        write_line("init", f"upgraded, with {len(self.table)} processes")
+        return MAITRED in {process.key for process in self.table}
+
     def _finished(self, killed: list[str]) -> None:
         self._running = False
         if self._control:
@@ -155,14 +238,55 @@ class Supervisor:
             if pid == 0:
                 break
             try:
-                if not self.table.exited(pid, status):
+                process = self.table.by_pid(pid)
+                if process is None:
                     self._orphans += 1
+                    continue
+                if process.pipe:
+                    process.pipe.ready()  # what it printed is there before anybody hears of its end
+                    process.pipe = None
+                self.table.exited(pid, status)
+                if process.spec.confined():
+                    self._remove_cgroup(process)
             except Exception as error:  # noqa: BLE001  # the next zombie waits
                 report(error, f"see to the exit of {pid}")
         else:
             self.loop.call_later(0, self._reap)
         if self._shutdown:
             self._shutdown.poke()
+
+    def _spawn(self, process: Process) -> int:
+        spec = process.spec
+        pipe = None if spec.console else self._outputs.open()
+        reader, writer = pipe or (None, None)
+        try:
+            pid = spawn(spec, self._stdio.actions(spec, writer), self._cgroup(process))
+        except BaseException:
+            if reader is not None:
+                os.close(reader)
+            raise
+        finally:
+            if writer is not None:
+                os.close(writer)
+        if reader is not None:
+            process.ring = process.ring or Ring()
+            process.pipe = self._outputs.follow(reader, process.ring, process.key, pid)
+        return pid
+
+    def _cgroup(self, process: Process) -> str | None:
+        name = "".join(letter if letter.isalnum() else "_" for letter in process.key)
+        return f"{self._cgroups}/{process.serial}_{name}" if self._cgroups else None
+
+    def _remove_cgroup(self, process: Process) -> None:
+        cgroup = self._cgroup(process)
+        if cgroup and process.pid is None:
+            from agent.process_supervisor.confine import remove_cgroup
+
+            remove_cgroup(cgroup)
+
+    def _printed(self, pipe: Pipe, data: bytes) -> None:
+        if self._control:
+            self._control.emit_output(pipe.name, pipe.pid, data)
 
     def _emit(self, event: str, process: Process, fields: dict[str, Any]) -> None:
         if event in {"failed", "backing_off", "stopped"} or process.key == MAITRED:
@@ -177,6 +301,7 @@ class Supervisor:
             "pid": os.getpid(),
             "uptime": round(self.loop.now() - self._started_at, 3),
             "orphans": self._orphans,
+            "upgrades": self._upgrades,
         }
 
 

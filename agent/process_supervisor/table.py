@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 
 from agent.process_supervisor.lean import signal
-from agent.process_supervisor.protocol import SIGNALS, ProtocolError
+from agent.process_supervisor.protocol import SIGNALS, ProcessSpec, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from agent.process_supervisor.loop import Timer, Timers
-    from agent.process_supervisor.protocol import ProcessSpec
+    from agent.process_supervisor.output import Pipe, Ring
 
 MAX_STARTS = 10
 WINDOW = 30.0
@@ -41,6 +41,10 @@ MAX_DELAY = 30.0
 MAX_ENDED = 256
 """Processes that have ended are remembered, but no more than this many."""
 
+WHOLE_OUTPUTS = 32
+SHORT_OUTPUT = 4096
+"""The output of so many of them is kept whole, and so many bytes of that of the others."""
+
 STARTING = "starting"
 RUNNING = "running"
 STOPPING = "stopping"
@@ -48,6 +52,12 @@ BACKING_OFF = "backing_off"
 EXITED = "exited"
 STOPPED = "stopped"
 ENDED = (EXITED, STOPPED)
+
+
+_SAVED = (
+    *("serial", "key", "state", "pid", "starts", "recent_starts", "started_at", "ended_at"),
+    *("last_exit", "failures", "spoke"),
+)
 
 
 class Process:
@@ -59,7 +69,9 @@ class Process:
         "key",
         "last_exit",
         "pid",
+        "pipe",
         "recent_starts",
+        "ring",
         "serial",
         "spec",
         "spoke",
@@ -86,6 +98,10 @@ class Process:
         self.spoke = False
         """In this run it has made a request of PID 1: it came up, so back-off begins afresh."""
         self.timer: Timer | None = None
+        self.ring: Ring | None = None
+        """What it printed, once it was started without console."""
+        self.pipe: Pipe | None = None
+        """Where that comes from, in this run."""
         self.waiters: dict[object, Callable[[], object]] = {}
         self.stop_waiters: dict[object, Callable[[], object]] = {}
 
@@ -133,16 +149,16 @@ def _shortened(argv: list[str]) -> list[str]:
 class Table:
     """All processes.
 
-    timers: for back-off and deadlines. spawn: starts what a spec says, returns its pid, raises
-    OSError or ValueError. kill: kill(2). emit: told of each transition, (event, process, fields).
-    random: a number from 0 to 1, for jitter.
+    timers: for back-off and deadlines. spawn: starts what the spec of a process says, returns its
+    pid, raises OSError or ValueError. kill: kill(2). emit: told of each transition, (event,
+    process, fields). random: a number from 0 to 1, for jitter.
     """
 
     def __init__(
         self,
         *,
         timers: Timers,
-        spawn: Callable[[ProcessSpec], int],
+        spawn: Callable[[Process], int],
         kill: Callable[[int, int], None],
         emit: Callable[[str, Process, dict[str, Any]], None],
         random: Callable[[], float],
@@ -244,9 +260,7 @@ class Table:
             self._enter_ended(process, STOPPED)
         elif process.state == RUNNING:
             process.state = STOPPING
-            process.timer = self._timers.call_later(
-                process.spec.stop_timeout, lambda: self._kill_now(process)
-            )
+            self._kill_later(process, process.spec.stop_timeout)
             self._emit("stopping", process, {"signal": process.spec.stop_signal})
             self._send(process, SIGNALS[process.spec.stop_signal])
             self._send(process, signal.SIGCONT)  # one that is suspended could not obey
@@ -285,13 +299,45 @@ class Table:
             if process.state == BACKING_OFF:
                 self._enter_ended(process, STOPPED)
 
+    # ---- upgrade in place --------------------------------------------------------------------
+
+    def save(self) -> list[dict[str, Any]]:
+        """The rows, for restore() in the PID 1 that comes after."""
+        rows = []
+        for process in self:
+            row = {name: getattr(process, name) for name in _SAVED}
+            row["spec"] = process.spec.to_wire()
+            row["due"] = process.timer.due if process.timer else None
+            rows.append(row)
+        return rows
+
+    def restore(self, rows: list[dict[str, Any]]) -> None:
+        """Takes over the rows of save(), into an empty table."""
+        for row in rows:
+            process = Process(row["serial"], row["key"], ProcessSpec.from_wire(row["spec"]))
+            for name in _SAVED:
+                setattr(process, name, row[name])
+            if row["last_exit"]:
+                process.last_exit = (row["last_exit"][0], row["last_exit"][1])
+            self._serial = max(self._serial, process.serial)
+            self._by_key[process.key] = process
+            if process.pid is not None:
+                self._by_pid[process.pid] = process
+            if process.state in ENDED and not process.spec.once:
+                self._ended[process.key] = None
+            delay = max(0.0, (row["due"] or 0) - self._timers.now())
+            if process.state == BACKING_OFF:
+                self._start_later(process, delay)
+            elif process.state == STOPPING:
+                self._kill_later(process, delay)
+
     # ---- transitions -------------------------------------------------------------------------
 
     def _start(self, process: Process) -> None:
         """To running; the state is as before when it raises."""
         before, process.state = process.state, STARTING
         try:
-            process.pid = self._spawn(process.spec)
+            process.pid = self._spawn(process)
         except BaseException:
             process.state = before
             raise
@@ -354,7 +400,7 @@ class Table:
         delay *= 1 + self._random() / 10
         process.failures += 1
         process.state = BACKING_OFF
-        process.timer = self._timers.call_later(delay, lambda: self._start_or_back_off(process))
+        self._start_later(process, delay)
         self._emit("backing_off", process, {"delay": round(delay, 3)})
 
     def _enter_ended(self, process: Process, state: str, *, reason: str = "") -> None:
@@ -364,6 +410,10 @@ class Table:
             self._emit("stopped", process, {"reason": reason} if reason else {})
         if not process.spec.once:
             self._ended[process.key] = None
+            if len(self._ended) > WHOLE_OUTPUTS:
+                older = self._by_key[list(self._ended)[-WHOLE_OUTPUTS - 1]]
+                if older.ring:
+                    older.ring.append(b"", SHORT_OUTPUT)
             if len(self._ended) > MAX_ENDED:
                 oldest = next(iter(self._ended))
                 del self._ended[oldest], self._by_key[oldest]
@@ -390,6 +440,12 @@ class Table:
         # A pid in this table is a child that was not waited for yet, so it is nobody else's.
         if process.pid is not None:
             self._kill(process.pid, number)
+
+    def _start_later(self, process: Process, delay: float) -> None:
+        process.timer = self._timers.call_later(delay, lambda: self._start_or_back_off(process))
+
+    def _kill_later(self, process: Process, delay: float) -> None:
+        process.timer = self._timers.call_later(delay, lambda: self._kill_now(process))
 
     def _kill_now(self, process: Process) -> None:
         process.timer = None

@@ -31,10 +31,18 @@ def wait_until(what: str, condition: Callable[[], object], *, timeout: float = 1
 
 
 class PidOne:
-    """A running PID 1. directory: its run directory is below; maitred: a program in its place."""
+    """A running PID 1.
+
+    directory: its run directory is below. maitred: a program in its place. checkout: whose agent.
+    """
 
     def __init__(
-        self, directory: Path, *, maitred: str | None = IDLE_MAITRED, options: tuple[str, ...] = ()
+        self,
+        directory: Path,
+        *,
+        maitred: str | None = IDLE_MAITRED,
+        options: tuple[str, ...] = (),
+        checkout: Path = REPOSITORY,
     ) -> None:
         self.run_dir = directory / "run"
         words = ["maitred.setup=no", f"maitred.listen=unix:{directory}/maitred.sock"]
@@ -50,7 +58,7 @@ class PidOne:
                 [*UNSHARE, sys.executable, "-m", "agent.process_supervisor", *words],
                 stderr=console,
                 stdin=subprocess.DEVNULL,
-                cwd=REPOSITORY,
+                cwd=checkout,
             )
         wait_until(
             "PID 1 is up", lambda: "maitred started" in self.console() or self._unshare.poll()

@@ -43,7 +43,7 @@ class World:
             random=lambda: 0.0,
         )
 
-    def _spawn(self, _spec: ProcessSpec) -> int:
+    def _spawn(self, _process: Process) -> int:
         if self.spawn_error:
             raise self.spawn_error
         self._pid += 1
