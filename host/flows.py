@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import errno
 import os
 import secrets
 import socket
@@ -205,7 +206,8 @@ class Host:
                 ),
                 what=what,
             )  # fmt: skip
-            if answer.error:
+            # Mounted already, by a call that the guest carried out and could not answer any more.
+            if answer.error not in {0, errno.EBUSY}:
                 raise HostError(f"cannot {what}: {os.strerror(answer.error)}")
 
     async def set_up_network(self) -> None:
