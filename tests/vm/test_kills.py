@@ -94,10 +94,11 @@ def test_killed_in_each_stage(
     """One flow with a kill in every stage of it ends in a whole container."""
 
     def downloading(test_vm: TestVm, percent: int) -> Callable[[int], Awaitable[object]]:
+        # LXD may have got the image although tremplin was killed; nothing is downloaded then.
         return lambda since: test_vm.vm.recorder.wait_for(
             "UpdateCreateStatus",
             lambda message: (
-                message.status == _Progress.DOWNLOADING and message.download_progress >= percent
+                message.status != _Progress.DOWNLOADING or message.download_progress >= percent
             ),
             since=since,
         )
