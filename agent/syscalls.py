@@ -94,6 +94,11 @@ def ioctl(descriptor: int, request: int, argument: bytes) -> bytes:
     return buffer.raw
 
 
+def syncfs(descriptor: int) -> None:
+    """Writes out the filesystem that an open file is on. Raises OSError."""
+    _check(_libc.syncfs(ctypes.c_int(descriptor)))
+
+
 def sethostname(name: str) -> None:
     """Sets the host name of this UTS namespace. Raises OSError."""
     encoded = os.fsencode(name)

@@ -9,7 +9,7 @@ import os
 import struct
 
 from agent import syscalls
-from agent.maitred import block_device, mount_table
+from agent.maitred import block_device, mount_table, storage_balloon
 from agent.maitred.errors import CallError
 from agent.maitred.mount_target import open_target
 
@@ -56,9 +56,11 @@ async def mount(device: str, target: str) -> bool:
         await _prepare(device)
         lost_data = await asyncio.to_thread(_mount, device, target)
     try:
+        if mounted is None:  # how much room the host has, it says anew after each boot
+            storage_balloon.remove(target)
         await asyncio.to_thread(resize, target, "max")
     except OSError as error:
-        _log.warning("cannot grow the stateful disk: %s", error.strerror)
+        _log.warning("cannot use all of the stateful disk: %s", error.strerror)
     return lost_data
 
 

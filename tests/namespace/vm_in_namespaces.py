@@ -29,6 +29,22 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
+PRIVATE_FILES = """
+mount -t tmpfs tmpfs /run
+for d in etc home var; do
+    mkdir -p /run/over/$d/upper /run/over/$d/work
+    mount -t overlay overlay /$d \\
+        -o lowerdir=/$d,upperdir=/run/over/$d/upper,workdir=/run/over/$d/work
+done
+mkdir /run/dev
+for name in null zero urandom tty; do
+    touch /run/dev/$name
+    mount --bind /dev/$name /run/dev/$name
+done
+mount --rbind /run/dev /dev
+"""
+"""For `before`: what is written below these directories stays in the namespaces."""
+
 EMPTY = common_pb2.EmptyMessage()
 
 
