@@ -31,8 +31,9 @@ class Registrar:
 class LazyService(grpc.GenericRpcHandler):
     """For server.add_generic_rpc_handlers()."""
 
-    def __init__(self, load: Callable[[Registrar], None]) -> None:
-        """load: imports the services and adds them; called once, in the event loop."""
+    def __init__(self, service: str, load: Callable[[Registrar], None]) -> None:
+        """service: its full name; load: imports and adds it, called once, in the event loop."""
+        self._prefix = f"/{service}/"
         self._load = load
         self._registrar: Registrar | None = None
 
@@ -46,7 +47,9 @@ class LazyService(grpc.GenericRpcHandler):
     def service(
         self, handler_call_details: grpc.HandlerCallDetails
     ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """The handler of a method, None when no service has it."""
+        """The handler of a method, None when the service does not have it."""
+        if not handler_call_details.method.startswith(self._prefix):
+            return None
         self.load()
         assert self._registrar is not None
         for handler in self._registrar.handlers:

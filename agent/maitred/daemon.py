@@ -8,7 +8,7 @@ import signal
 
 import grpc.aio
 
-from agent import grpc_endpoint, logs
+from agent import grpc_endpoint, logs, standard_services
 from agent.lazy_service import LazyService
 from agent.maitred import startup
 from agent.maitred.supervisor import Supervisor
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from agent.options import Options
 
 _log = logging.getLogger(__name__)
+
+_SERVICE = "vm_tools.Maitred"
 
 _GRACE_SECONDS = 0.5
 """What calls in flight get at the end; most of what is still there waits for other processes."""
@@ -48,14 +50,15 @@ async def _serve(options: Options) -> None:
     run_dir = options["maitred.run_dir"]
     grpc_endpoint.prepare_run_dir(run_dir)
     supervisor = Supervisor(run_dir)
-    services = LazyService(lambda registrar: _load_services(registrar, options, supervisor))
+    service = LazyService(_SERVICE, lambda registrar: _load(registrar, options, supervisor))
     server = grpc.aio.server()
-    server.add_generic_rpc_handlers((services,))
+    server.add_generic_rpc_handlers((service,))
+    standard_services.add_to(server, _SERVICE)
     address = options["maitred.listen"]
     listener = await grpc_endpoint.listen(server, address, run_dir=run_dir, name="maitred")
     _log.info("listening on %s", address)
 
-    background = asyncio.create_task(_work_in_background(options, supervisor, services))
+    background = asyncio.create_task(_work_in_background(options, supervisor, service))
     await ended.wait()
     _log.info("ending")
     background.cancel()
@@ -64,7 +67,7 @@ async def _serve(options: Options) -> None:
     await supervisor.close()
 
 
-def _load_services(registrar: Registrar, options: Options, supervisor: Supervisor) -> None:
+def _load(registrar: Registrar, options: Options, supervisor: Supervisor) -> None:
     from agent.maitred.servicer import Maitred
     from agent.pb import vm_guest_pb2_grpc
 
@@ -73,7 +76,7 @@ def _load_services(registrar: Registrar, options: Options, supervisor: Superviso
 
 
 async def _work_in_background(
-    options: Options, supervisor: Supervisor, services: LazyService
+    options: Options, supervisor: Supervisor, service: LazyService
 ) -> None:
     run_dir = options["maitred.run_dir"]
     async with asyncio.TaskGroup() as group:
@@ -83,7 +86,7 @@ async def _work_in_background(
             )
             # The host may do all of its work before it answers; what needs no answer goes on.
             await asyncio.wait({telling}, timeout=_HEAD_START_SECONDS)
-        services.load()
+        service.load()
         if not options["maitred.no_startup_processes"]:
             files = startup.launch_startup_files(options["maitred.startup_dir"], supervisor)
             group.create_task(_logged(files, "launch the startup files"))
