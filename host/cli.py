@@ -30,6 +30,7 @@ examples:
   termina run --keep              the same, and stay in it; Ctrl-] powers off
   termina run --image busybox --fresh --vm scratch
   termina status                  what runs
+  termina shell                   a shell in the container that --keep left running
   termina stop                    power off the VM that --keep left running
 """
 
@@ -158,6 +159,28 @@ def _parser() -> argparse.ArgumentParser:
     console.set_defaults(function=_console)
     _add_vm(console)
 
+    shell = commands.add_parser(
+        "shell",
+        help="a shell in the container, or in the VM, of a running VM",
+        description="Opens a shell, or runs a command, and ends with its exit code. Works in a "
+        "terminal and in a pipe.",
+        epilog="example: termina shell -- tar -C /etc -c . >etc.tar",
+    )
+    shell.set_defaults(function=_shell)
+    _add_vm(shell)
+    where = shell.add_mutually_exclusive_group()
+    where.add_argument("--container", metavar="NAME", help="in this one [that of `termina run`]")
+    where.add_argument("--guest", action="store_true", help="in the VM itself")
+    shell.add_argument(
+        "--user", metavar="NAME", help="whose [the container's user; root in the VM]"
+    )
+    shell.add_argument("--cwd", default="", metavar="DIR", help="working directory [home]")
+    shell.add_argument(
+        "--env", action="append", default=[], metavar="KEY=VALUE", help="may be given several times"
+    )
+    shell.add_argument("--no-pty", action="store_true", help="no terminal, even where there is one")
+    shell.add_argument("argv", nargs="*", metavar="COMMAND", help="instead of a login shell")
+
     wipe = commands.add_parser(
         "wipe",
         help="delete a VM's data disk",
@@ -234,6 +257,49 @@ def _console(options: argparse.Namespace) -> int:
     except OSError as error:
         raise HostError(f"cannot attach to VM {options.vm}: {error.strerror}") from None
     return 0
+
+
+def _shell(options: argparse.Namespace) -> int:
+    from host import shell
+    from host.vsock import KernelVsock, UserVsock, Vsock
+
+    vm = registry.find(options.vm)
+    container = None if options.guest else options.container or vm.state.get("container")
+    if container is None and not options.guest:
+        raise HostError(
+            f"cannot open a shell in VM {options.vm}: its container is not ready; --guest opens "
+            "one in the VM itself"
+        )
+    pty = not options.no_pty and os.isatty(0) and os.isatty(1)
+    env = {"TERM": os.environ.get("TERM", "dumb")} if pty else {}
+    for pair in options.env:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise HostError(f"cannot use --env {pair}: not KEY=VALUE")
+        env[key] = value
+    request = shell.request_for(
+        options.argv,
+        container=container,
+        user=options.user or ("root" if options.guest else vm.state.get("user", "root")),
+        cwd=options.cwd,
+        env=env,
+        pty=pty,
+    )
+
+    async def session() -> int:
+        vsock: Vsock
+        if vm.state["vsock"] == "user":
+            vsock = UserVsock(vm.directory / "v")
+        else:
+            vsock = KernelVsock(vm.state["cid"], vm.directory)
+        try:
+            connection = await vsock.connect(shell.PORT)
+        except OSError as error:
+            reason = error.strerror or "no answer"
+            raise HostError(f"cannot open a shell in VM {options.vm}: {reason}") from None
+        return await shell.run(await shell.open_session(connection, request), pty=pty)
+
+    return asyncio.run(session())
 
 
 def _wipe(options: argparse.Namespace) -> int:

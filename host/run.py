@@ -19,6 +19,7 @@ from host.qemu import Machine
 from host.registry import Claim
 from host.status import GuestInfo, Status
 from host.vm import Vm
+from host.vsock import UserVsock
 
 if TYPE_CHECKING:
     import argparse
@@ -115,7 +116,12 @@ class _Session:
     async def run(self, flow: Flow, data: Path) -> int:
         """Boots, brings up, shows, keeps if wanted, powers off."""
         vm, show = self._vm, self._display
-        self._claim.tell(cid=vm.cid, data=str(data), flow=flow.value)
+        self._claim.tell(
+            cid=vm.cid,
+            vsock="user" if isinstance(vm.vsock, UserVsock) else "kernel",
+            data=str(data),
+            flow=flow.value,
+        )
         self._status.observe(self._tell)
         console = await terminal.serve(vm.console, vm.run_dir / "console.sock")
         if self._options.verbose:
