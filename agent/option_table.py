@@ -55,6 +55,8 @@ MAITRED = (
         "maitred.crash_listener", parse_dial_address, "vsock:2:7779", "the host's CrashListener"
     ),
     Option("maitred.log_collector", parse_dial_address, "vsock:2:9999", "the host's LogCollector"),
+    Option("maitred.syslog", parse_path, "/dev/log", "where programs of the VM log to, syslog(3)"),
+    Option("maitred.kernel_log", parse_path, "/dev/kmsg", "where the kernel's log is read"),
     Option(
         "maitred.shell_listen", parse_listen_address, "vsock:9001", "where the remote shell listens"
     ),

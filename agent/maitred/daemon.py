@@ -90,11 +90,18 @@ async def _work_in_background(
         if not options["maitred.no_startup_processes"]:
             files = startup.launch_startup_files(options["maitred.startup_dir"], supervisor)
             group.create_task(_logged(files, "launch the startup files"))
+        group.create_task(_logged(_launch_companions(options, supervisor), "launch companions"))
         if crashes := options.host_address("maitred.crash_listener", listen="maitred.listen"):
             from agent.maitred import crash_reports
 
             reports = crash_reports.follow(crashes, run_dir=run_dir)
             group.create_task(_logged(reports, "report crashes"))
+
+
+async def _launch_companions(options: Options, supervisor: Supervisor) -> None:
+    from agent.maitred import companions
+
+    await companions.launch(options, supervisor)
 
 
 async def _logged(work: Coroutine[object, object, None], what: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import sys
 
 from agent.maitred import ipv4, stateful_disk
+from agent.maitred.companions import program
 from agent.maitred.errors import BadRequest
 from agent.options import UnixAddress, VsockAddress
 from agent.pb import vm_guest_pb2
@@ -99,8 +99,7 @@ class Termina:
         words.append(f"tremplin.lxd_subnet={subnet}")
         if command := self._options["tremplin.command"]:
             return [command, *words]
-        isolated = ["-I"] if sys.flags.isolated else []
-        return [sys.executable, *isolated, "-m", "agent.tremplin", *words]
+        return program("agent.tremplin", words)
 
 
 def check_device(path: str) -> str:

@@ -50,6 +50,7 @@ class _Writer:
         self._directory = directory
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
+        self.has_written = threading.Event()
         self.digests: dict[str, str] = {}
 
     def _run(self) -> None:
@@ -61,6 +62,8 @@ class _Writer:
                 file.write(content)
             self.digests[path] = hashlib.blake2b(content).hexdigest()
             number += 1
+            if number > 3:
+                self.has_written.set()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -83,6 +86,7 @@ def test_growing_and_shrinking_while_files_are_written_loses_nothing(
                 assert await _resize(vm, size) == Resize.STARTED
                 status = await _settled(vm)
                 assert status.current_size == status.target_size == size - size % 4096
+            await asyncio.to_thread(writer.has_written.wait, 60)
         assert len(writer.digests) > 3
         for path, digest in writer.digests.items():
             assert hashlib.blake2b(Path(path).read_bytes()).hexdigest() == digest

@@ -1,0 +1,1 @@
+"""The log forwarder: what the kernel and the VM's programs log becomes LogRecords for the host."""

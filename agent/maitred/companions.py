@@ -1,0 +1,33 @@
+"""The programs that run beside maitred, as processes of PID 1: the log forwarder."""
+
+from __future__ import annotations
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.maitred.supervisor import Supervisor
+    from agent.options import Options
+
+_LOG_FORWARDER_STOP_SECONDS = 3.0
+
+
+async def launch(options: Options, supervisor: Supervisor) -> None:
+    """Launches those that have an endpoint; does nothing when they run. Raises SupervisorError."""
+    client = await supervisor.client()
+    words = [word for word in options.words() if word.startswith("maitred.")]
+    if options.host_address("maitred.log_collector", listen="maitred.listen") is not None:
+        await client.launch(
+            program("agent.log_forwarder", words),
+            name="log-forwarder",
+            respawn=True,
+            backoff=True,
+            stop_timeout=_LOG_FORWARDER_STOP_SECONDS,
+            stop_stage="last",
+        )
+
+
+def program(module: str, words: list[str]) -> list[str]:
+    """The argv of another program of this agent, run by the same interpreter in the same way."""
+    isolated = ["-I"] if sys.flags.isolated else []
+    return [sys.executable, *isolated, "-m", module, *words]
