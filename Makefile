@@ -22,6 +22,7 @@ test: venv image container-image ## every test, cheapest first, the real VM incl
 
 .PHONY: bench
 bench: venv image container-image ## our figures beside a peer's, as ratios
+	requirements/install-packages requirements/debian-bench.txt
 	.venv/bin/python -m benchmarks $(BENCH)
 
 .PHONY: lint

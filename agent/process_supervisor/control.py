@@ -100,6 +100,8 @@ class Control:
         self.shut_down = shut_down
         self.upgrade = upgrade
         self.clients: set[Connection] = set()
+        self.followed = False
+        """Some client follows events; or did, as the last one to do so comes back anyway."""
         self.server = server
         loop.watch(server.fileno(), READABLE, lambda _mask: self._accept())
 
@@ -134,12 +136,16 @@ class Control:
 
     def emit(self, event: str, key: str, fields: dict[str, Any]) -> None:
         """Tells every client that follows events."""
+        if not self.followed:
+            return
         for client in list(self.clients):
             for number in client.following:
                 client.say({"id": number, "event": event, "key": key, **fields})
 
     def emit_output(self, key: str, pid: int, data: bytes) -> None:
         """Tells every client that follows output what a process has printed."""
+        if not self.followed:
+            return
         for client in list(self.clients):
             for number, output in client.following.items():
                 for start in range(0, len(data) if output else 0, _PAGE):
@@ -365,6 +371,7 @@ class Connection:
             raise ProtocolError("EAGAIN", "cannot follow events: too many of them already")
         self._accepted(number)
         self.following[number] = request.get("output") is True
+        self._control.followed = True
 
     def _do_output(self, number: int, request: dict[str, Any]) -> None:
         process = self._control.table.get(_text(request, "key", "output"), "show the output of")

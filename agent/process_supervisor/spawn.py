@@ -15,10 +15,9 @@ if TYPE_CHECKING:
     from agent.process_supervisor.protocol import ProcessSpec
 
 _DEFAULT_SIGNALS = [
-    int(number)
-    for number in signal.valid_signals()
-    if number not in {signal.SIGKILL, signal.SIGSTOP}
+    int(number) for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN
 ]
+"""Ignored signals stay so over an exec, handled ones do not: Python ignores SIGPIPE and SIGXFSZ."""
 
 
 class Stdio:

@@ -132,7 +132,11 @@ class Supervisor:
         """Imports what only the end needs: not before maitred runs, as that would hold it up, and
         not at the end, when the disk may be gone.
         """
+        import gc
+
         import agent.process_supervisor.shutdown  # noqa: F401
+
+        gc.freeze()  # the program itself is no garbage: it need not be looked through again
 
     def run(self) -> None:
         """The rest of PID 1's life; returns when the shutdown has ended."""
@@ -292,7 +296,7 @@ class Supervisor:
         if event in {"failed", "backing_off", "stopped"} or process.key == MAITRED:
             details = ", ".join(f"{name} {value}" for name, value in fields.items())
             write_line("init", f"{process.key} {event.replace('_', ' ')}: {details}".rstrip(": "))
-        if self._control:
+        if self._control and self._control.followed:
             program = os.path.basename(process.spec.argv[0])
             self._control.emit(event, process.key, {**fields, "program": program})
 

@@ -135,6 +135,7 @@ class State:
             client = Connection(control, _adopt(saved["fd"]), saved["pid"])
             control.clients.add(client)
             client.following = dict(saved["following"])
+            control.followed = control.followed or bool(client.following)
             for number, kind, key, fields in saved["waiting"]:
                 client.subscribe(number, kind, table.get(key, "wait for"), fields)
             client.resume(binascii.a2b_base64(saved["input"]), binascii.a2b_base64(saved["output"]))

@@ -1,0 +1,464 @@
+"""PID 1 beside tini, dumb-init, s6, runit and supervisord, each as PID 1 of a PID namespace.
+
+Medians of ROUNDS rounds. Our PID 1 runs as in the guest, without site, and with an idle program in
+maitred's place; the services are the same small C program everywhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import resource
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from agent.process_supervisor.client import AsyncClient, Client
+from benchmarks.figures import Figure
+
+ROUNDS = 5
+ORPHANS = 10_000
+LAUNCHES = 100
+SERVICES = 1000
+KILLED = 10
+MANY_LAUNCHES = 100_000
+IDLE_SECONDS = 60.0
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PROGRAMS = REPOSITORY / "build/benchmarks"
+PYTHON = "/usr/bin/python3"
+OURS, TINI, DUMB_INIT, S6, RUNIT, SUPERVISORD = (
+    "ours",
+    "tini",
+    "dumb-init",
+    "s6",
+    "runit",
+    "supervisord",
+)
+BARE = "bare Python"
+
+_ENTRY = (
+    f"import sys; sys.path.insert(0, {str(REPOSITORY)!r});"
+    "from agent.process_supervisor.__main__ import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def run() -> Iterator[Figure]:
+    """All figures."""
+    build()
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    yield orphans()
+    yield launch_and_exit()
+    yield kill_to_successor()
+    yield from thousand_services()
+    yield from idle()
+    yield from many_launches()
+
+
+def build() -> None:
+    """Compiles the programs."""
+    PROGRAMS.mkdir(parents=True, exist_ok=True)
+    for source in (REPOSITORY / "benchmarks/programs").glob("*.c"):
+        subprocess.run(
+            ["gcc", "-O2", "-Wall", "-o", PROGRAMS / source.stem, source], check=True, timeout=60
+        )
+
+
+def median(measure: Callable[[], float]) -> float:
+    """The median of ROUNDS measurements."""
+    return statistics.median(measure() for _ in range(ROUNDS))
+
+
+# ---- contestants -------------------------------------------------------------------------------
+
+
+class Contestant:
+    """A PID 1 in a namespace, in a directory of its own that goes with it."""
+
+    def __init__(self, directory: Path, argv: list[str]) -> None:
+        self.directory = directory
+        self.started = time.monotonic()
+        self._unshare = subprocess.Popen(
+            ["unshare", "-pf", "--mount-proc", "--kill-child", *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={"PATH": "/usr/bin:/usr/sbin:/bin:/sbin"},
+            cwd=directory,
+        )
+
+    def close(self) -> None:
+        """Ends it and all that runs in it."""
+        self._unshare.kill()
+        self._unshare.wait()
+
+    @property
+    def pid(self) -> int:
+        """PID 1's pid outside."""
+        outer = self._unshare.pid
+        return int(Path(f"/proc/{outer}/task/{outer}/children").read_text())
+
+    def outer_pid(self, inner: int) -> int:
+        """The pid outside of a process that has this one inside."""
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                if status.split("\nNSpid:")[1].split("\n")[0].split()[-1] == str(inner):
+                    return pid
+        raise LookupError(inner)
+
+    def pids(self) -> list[int]:
+        """All its processes, by their pids outside."""
+        found, unread = [], [self.pid]
+        while unread:
+            pid = unread.pop()
+            found.append(pid)
+            with contextlib.suppress(OSError):
+                unread += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
+
+    def supervisors(self) -> list[int]:
+        """Those of its processes that supervise: not the services."""
+        own = []
+        for pid in self.pids():
+            with contextlib.suppress(OSError):
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+                if name not in {"service", "sleep", "orphans"}:
+                    own.append(pid)
+        return own
+
+    def memory(self) -> float:
+        """RSS of its supervising processes together, in MB."""
+        return sum(status(pid, "VmRSS") for pid in self.supervisors()) / 1024
+
+    def switches(self) -> int:
+        """Voluntary context switches of its supervising processes so far."""
+        return sum(status(pid, "voluntary_ctxt_switches") for pid in self.supervisors())
+
+
+def status(pid: int, field: str) -> int:
+    """A number in /proc/PID/status."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1])
+    return 0
+
+
+def until(condition: Callable[[], object], timeout: float = 60.0) -> None:
+    """Waits for condition."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("a contestant does not come up")
+        time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def directory() -> Iterator[Path]:
+    """A directory in memory."""
+    path = Path(tempfile.mkdtemp(prefix="supervisor-bench-", dir="/dev/shm"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+def _ours(path: Path) -> Contestant:
+    idle_program = path / "maitred"
+    idle_program.write_text("#!/bin/sh\nexec sleep infinity\n")
+    idle_program.chmod(0o755)
+    options = ["maitred.setup=no", f"maitred.run_dir={path}/run", f"maitred.listen=unix:{path}/m"]
+    options.append(f"maitred.command={idle_program}")
+    contestant = Contestant(path, [PYTHON, "-I", "-S", "-c", _ENTRY, *options])
+    until((path / "run/supervisor.sock").exists)
+    return contestant
+
+
+@contextlib.contextmanager
+def contestant(name: str, services: dict[str, list[str]]) -> Iterator[Contestant]:
+    """A running contestant that supervises services, by name."""
+    with directory() as path:
+        if name == OURS:
+            running = _ours(path)
+            asyncio.run(_launch_all(path, services))
+        elif name == S6:
+            _service_directories(path / "s6", services)
+            running = Contestant(path, ["s6-svscan", "-c", "2000", str(path / "s6")])
+        elif name == RUNIT:
+            _service_directories(path / "runit", services)
+            running = Contestant(path, ["runsvdir", str(path / "runit")])
+        elif name == SUPERVISORD:
+            _supervisord_configuration(path / "conf", services)
+            running = Contestant(path, ["supervisord", "-n", "-c", str(path / "conf")])
+        elif name == TINI:
+            running = Contestant(path, ["tini", "--", *next(iter(services.values()))])
+        else:
+            running = Contestant(path, ["dumb-init", "--", *next(iter(services.values()))])
+        try:
+            yield running
+        finally:
+            running.close()
+
+
+async def _launch_all(path: Path, services: dict[str, list[str]]) -> None:
+    async with await AsyncClient.connect(str(path / "run")) as client:
+        await asyncio.gather(
+            *(client.launch(argv, name=name, respawn=True) for name, argv in services.items())
+        )
+
+
+def _service_directories(path: Path, services: dict[str, list[str]]) -> None:
+    for name, argv in services.items():
+        (path / name).mkdir(parents=True)
+        script = path / name / "run"
+        script.write_text(f"#!/bin/sh\nexec {' '.join(argv)}\n")
+        script.chmod(0o755)
+
+
+def _supervisord_configuration(path: Path, services: dict[str, list[str]]) -> None:
+    text = f"[supervisord]\nuser=root\nlogfile=/dev/null\nlogfile_maxbytes=0\npidfile={path}.pid\n"
+    for name, argv in services.items():
+        text += f"[program:{name}]\ncommand={' '.join(argv)}\nautorestart=true\n"
+        text += "stdout_logfile=NONE\nstderr_logfile=NONE\n"
+    path.write_text(text)
+
+
+class Fifo:
+    """What services write when they run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        os.mkfifo(path)
+        self._fd = os.open(path, os.O_RDWR)
+
+    def next(self, timeout: float = 60.0) -> tuple[int, float]:
+        """Pid (inside) and start (seconds, monotonic clock) of the next service that runs."""
+        signal.alarm(int(timeout))
+        line = os.read(self._fd, 32).split()
+        signal.alarm(0)
+        return int(line[0]), int(line[1]) / 1e9
+
+    def close(self) -> None:
+        """No more."""
+        os.close(self._fd)
+
+
+@contextlib.contextmanager
+def fifo() -> Iterator[Fifo]:
+    """A fifo for services."""
+    with directory() as path:
+        opened = Fifo(path / "fifo")
+        try:
+            yield opened
+        finally:
+            opened.close()
+
+
+# ---- figures -----------------------------------------------------------------------------------
+
+
+def orphans() -> Figure:
+    """Reaping."""
+
+    def measure(name: str) -> float:
+        with directory() as path:
+            argv = [str(PROGRAMS / "orphans"), str(ORPHANS), str(path / "result")]
+            once = ["sh", "-c", f"'{' '.join(argv)}; sleep 1000'"]
+            if name in {OURS, TINI, DUMB_INIT}:
+                once = ["sh", "-c", f"{' '.join(argv)}; sleep 1000"]
+            with contestant(name, {"orphans": once}):
+                until((path / "result").exists, 120)
+            return float((path / "result").read_text())
+
+    names = (OURS, TINI, DUMB_INIT, S6)
+    values: dict[str, float | None] = {
+        name: median(functools.partial(measure, name)) for name in names
+    }
+    values[SUPERVISORD] = measure(SUPERVISORD)  # once: it needs minutes
+    ours, tini = values[OURS], values[TINI]
+    assert ours
+    assert tini
+    return Figure(
+        f"{ORPHANS} orphans until none is left",
+        values,
+        "s",
+        f"≤ 1.1 × tini: {ours / tini:.2f}",
+        ours <= 1.1 * tini,
+    )
+
+
+def launch_and_exit() -> Figure:
+    """The price of the control socket."""
+    bare_program = (
+        "import os, time\n"
+        "t = []\n"
+        f"for _ in range({LAUNCHES}):\n"
+        "    s = time.perf_counter()\n"
+        "    os.waitpid(os.posix_spawn('/bin/true', ['/bin/true'], {}), 0)\n"
+        "    t.append(time.perf_counter() - s)\n"
+        f"print(sorted(t)[{LAUNCHES // 2}])"
+    )
+
+    def bare() -> float:
+        command = [PYTHON, "-I", "-S", "-c", bare_program]
+        return 1000 * float(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    def ours() -> float:
+        with contestant(OURS, {}) as running, Client.connect(f"{running.directory}/run") as client:
+            times = []
+            for _ in range(LAUNCHES):
+                started = time.perf_counter()
+                client.launch(["/bin/true"], wait=True)
+                times.append(time.perf_counter() - started)
+            return 1000 * statistics.median(times)
+
+    # In many short rounds, side by side, so that a machine that is busy is so for both.
+    pairs = [(ours(), bare()) for _ in range(4 * ROUNDS)]
+    values: dict[str, float | None] = {
+        OURS: statistics.median(pair[0] for pair in pairs),
+        BARE: statistics.median(pair[1] for pair in pairs),
+    }
+    ratio = statistics.median(mine / its for mine, its in pairs)
+    return Figure(
+        "launch and exit of /bin/true, p50", values, "ms", f"≤ 2 × bare: {ratio:.2f}", ratio <= 2
+    )
+
+
+def kill_to_successor() -> Figure:
+    """Respawning."""
+
+    def measure(name: str) -> float:
+        with fifo() as reports:
+            service = [str(PROGRAMS / "service"), str(reports.path)]
+            times = []
+            with contestant(name, {f"service{n}": service for n in range(KILLED)}) as running:
+                pids = [reports.next()[0] for _ in range(KILLED)]
+                # s6 and runit hold back a service that ran for less than a second.
+                time.sleep(1.5)
+                for inner in pids:
+                    pid = running.outer_pid(inner)
+                    killed = time.monotonic()
+                    os.kill(pid, signal.SIGKILL)
+                    times.append(reports.next()[1] - killed)
+            return 1000 * statistics.median(times)
+
+    values: dict[str, float | None] = {
+        name: median(functools.partial(measure, name)) for name in (OURS, S6, RUNIT, SUPERVISORD)
+    }
+    ours = values[OURS]
+    assert ours
+    ahead = all(value is None or ours <= value for value in values.values())
+    return Figure(
+        "kill -9 to the successor running, p50",
+        values,
+        "ms",
+        "≤ 5 ms, ahead of s6, runit, supervisord",
+        ours <= 5 and ahead,
+    )
+
+
+def thousand_services() -> Iterator[Figure]:
+    """Start and memory."""
+    times: dict[str, float | None] = {}
+    memory: dict[str, float | None] = {}
+
+    def measure(name: str) -> tuple[float, float]:
+        with fifo() as reports:
+            service = [str(PROGRAMS / "service"), str(reports.path)]
+            with contestant(name, {f"service{n}": service for n in range(SERVICES)}) as running:
+                for _ in range(SERVICES):
+                    last = reports.next()[1]
+                return last - running.started, running.memory()
+
+    for name in (OURS, S6, RUNIT, SUPERVISORD):
+        results = [measure(name) for _ in range(ROUNDS)]
+        times[name] = statistics.median(result[0] for result in results)
+        memory[name] = statistics.median(result[1] for result in results)
+    for what, values, unit in (
+        (f"{SERVICES} services until all run", times, "s"),
+        (f"RSS of the supervisor with {SERVICES} services, all its processes", memory, "MB"),
+    ):
+        ours = values[OURS]
+        assert ours
+        ahead = all((values[peer] or 0) >= ours for peer in (S6, SUPERVISORD))
+        yield Figure(what, values, unit, "ahead of s6 and supervisord", ahead)
+
+
+def idle() -> Iterator[Figure]:
+    """What it costs to have it."""
+    names = (OURS, TINI, DUMB_INIT, S6, RUNIT, SUPERVISORD)
+    sleeper = {"sleeper": ["sleep", "100000"]}
+    switches: dict[str, float | None] = {}
+    memory: dict[str, float | None] = {}
+    with contextlib.ExitStack() as stack:
+        running = {name: stack.enter_context(contestant(name, sleeper)) for name in names}
+        time.sleep(5)
+        before = {name: there.switches() for name, there in running.items()}
+        time.sleep(IDLE_SECONDS)
+        for name, there in running.items():
+            switches[name] = there.switches() - before[name]
+            memory[name] = there.memory()
+    command = [PYTHON, "-I", "-S", "-c", "import os; os.write(1, b'x'); os.read(0, 1)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as bare:
+        assert bare.stdout
+        bare.stdout.read(1)
+        memory[BARE] = status(bare.pid, "VmRSS") / 1024
+        bare.kill()
+    ours, floor = memory[OURS], memory[BARE]
+    assert ours
+    assert floor
+    yield Figure(
+        f"voluntary context switches in {IDLE_SECONDS:.0f} s idle",
+        switches,
+        "count",
+        "0",
+        switches[OURS] == 0,
+    )
+    ratio = ours / floor
+    yield Figure("RSS idle, one service", memory, "MB", f"≤ 1.4 × bare: {ratio:.2f}", ratio <= 1.4)
+
+
+def many_launches() -> Iterator[Figure]:
+    """Nothing is left behind."""
+
+    async def launch(path: Path, count: int) -> None:
+        async with await AsyncClient.connect(str(path / "run")) as client:
+
+            async def some() -> None:
+                for _ in range(count // 20):
+                    await client.launch(["/bin/true"], wait=True)
+
+            await asyncio.gather(*(some() for _ in range(20)))
+
+    with contestant(OURS, {}) as running:
+        asyncio.run(launch(running.directory, 1000))
+        time.sleep(0.5)
+        memory, files = running.memory(), len(os.listdir(f"/proc/{running.pid}/fd"))
+        started = time.monotonic()
+        asyncio.run(launch(running.directory, MANY_LAUNCHES - 1000))
+        took = time.monotonic() - started
+        time.sleep(0.5)
+        growth = running.memory() - memory
+        more_files = len(os.listdir(f"/proc/{running.pid}/fd")) - files
+    what = f"{MANY_LAUNCHES} launches, after the first 1000:"
+    # 64 kB: the allocator's arenas come and go.
+    yield Figure(f"{what} growth of RSS", {OURS: growth}, "MB", "none (< 0.07)", growth < 0.07)
+    yield Figure(f"{what} growth of open files", {OURS: more_files}, "count", "0", more_files <= 0)
+    yield Figure(f"{what} launches per second", {OURS: (MANY_LAUNCHES - 1000) / took}, "1/s")
+
+
+if __name__ == "__main__":
+    from benchmarks.figures import table
+
+    build()
+    print(table([figure for name in sys.argv[1:] for figure in globals()[name]()]))
