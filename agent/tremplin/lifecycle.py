@@ -52,10 +52,13 @@ class Lifecycle:
             check = self._checks.pop(name, None)
             if check is not None:
                 check.cancel()
+                if action == "instance-started":
+                    # It was down all the same, and somebody started it at once.
+                    self._is_down(name)
             self._up.add(name)
         elif action in _DOWN and name in self._up and name not in self._checks:
-            if action == "instance-shutdown":
-                # A reboot from inside looks the same at first.
+            if action == "instance-shutdown" and not event.get("requestor"):
+                # A reboot from inside looks at first like a power-off from inside.
                 self._checks[name] = asyncio.create_task(self._check(name))
             else:
                 self._is_down(name)

@@ -24,13 +24,15 @@ from agent.tremplin.stop import Stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, TypeVar
 
     import grpc.aio
     from google.protobuf.message import Message
 
     from agent.tremplin.accounts import Plan
     from agent.tremplin.session import Session
+
+    OperationT = TypeVar("OperationT", bound=Operation)
 
 _log = logging.getLogger(__name__)
 
@@ -77,8 +79,7 @@ class Servicer(TremplinServicer):
                 return pb.CreateContainerResponse(status=pb.CreateContainerResponse.EXISTS)
         except LxdError as error:
             return _create_failed(name, one_line(error))
-        if not self._session.operation(Create, name):
-            self._begin(Create(self._session, request), context)
+        self._begin(Create, request, context)
         return pb.CreateContainerResponse(status=pb.CreateContainerResponse.CREATING)
 
     async def _is_whole(self, name: str) -> bool:
@@ -109,7 +110,7 @@ class Servicer(TremplinServicer):
             )
         if not there:
             return statuses(status=statuses.DOES_NOT_EXIST)
-        self._begin(Delete(self._session, request), context)
+        self._begin(Delete, request, context)
         return statuses(status=statuses.DELETING)
 
     async def StartContainer(
@@ -134,8 +135,7 @@ class Servicer(TremplinServicer):
                 return statuses(
                     status=statuses.RUNNING, os_release=await read_os_release(self._session, name)
                 )
-            start = Start(self._session, request)
-            self._begin(start, context)
+            start = self._begin(Start, request, context)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 await start.ended.wait()
@@ -181,7 +181,7 @@ class Servicer(TremplinServicer):
             return statuses(status=statuses.DOES_NOT_EXIST)
         if instance["status"] == "Stopped" and not self._session.operation(Start, name):
             return statuses(status=statuses.STOPPED)
-        self._begin(Stop(self._session, request), context)
+        self._begin(Stop, request, context)
         return statuses(status=statuses.STOPPING)
 
     async def GetContainerUsername(
@@ -281,13 +281,24 @@ class Servicer(TremplinServicer):
                 status=statuses.FAILED, failure_reason=_cannot("look at", name, one_line(error))
             )
 
-    @staticmethod
-    def _begin(operation: Operation, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    def _begin(
+        self,
+        kind: type[OperationT],
+        request: Any,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> OperationT:
+        # Another call may have begun it while this one asked LXD something.
+        operation = self._session.operation(kind, request.container_name)
+        if operation is not None:
+            return operation
+        begun = kind(self._session, request)
+
         def answered(_: object) -> None:
-            operation.answered.set()
+            begun.answered.set()
 
         context.add_done_callback(answered)  # type: ignore[arg-type]  # no Protocol in the stubs
-        operation.start()
+        begun.start()
+        return begun
 
 
 def resume(session: Session) -> None:

@@ -1,0 +1,116 @@
+"""ContainerShutdown on every way a container can go down, and not on a reboot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.pb import tremplin_pb2 as pb
+from tests.lxd.machine import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.lxd.host import Tremplin
+    from tests.lxd.machine import Machine
+
+
+@pytest.fixture
+def running(tremplin: Tremplin) -> Tremplin:
+    """Tremplin with a running container `life`."""
+    tremplin.host.reports.clear()
+    tremplin.create("life")
+    tremplin.call("StartContainer", container_name="life")
+    tremplin.host.wait_for("UpdateStartStatus", container="life")
+    return tremplin
+
+
+def _init_pid(machine: Machine) -> str:
+    return str(machine.api.instances["life"].state.get().json()["metadata"]["pid"])
+
+
+WAYS: dict[str, Callable[[Machine], object]] = {
+    "powered off inside": lambda m: m.run("lxc", "exec", "life", "--", "poweroff", "-f"),
+    "stopped cleanly": lambda m: m.run("lxc", "stop", "life"),
+    "stopped by force": lambda m: m.run("lxc", "stop", "--force", "life"),
+    "init killed": lambda m: m.run("kill", "-KILL", _init_pid(m)),
+    "deleted": lambda m: m.run("lxc", "delete", "--force", "life"),
+    "stopped while frozen": lambda m: (
+        m.run("lxc", "pause", "life"),
+        m.run("lxc", "stop", "--force", "life"),
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_goes_down(running: Tremplin, way: str) -> None:
+    """The host hears of it, once."""
+    WAYS[way](running.machine)
+    running.host.wait_for("ContainerShutdown", container="life")
+    running.call("GetContainerInfo", container_name="life")
+    assert len(running.host.of("ContainerShutdown", "life")) == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("lxc", "exec", "life", "--", "reboot", "-f"), ("lxc", "restart", "--force", "life")],
+    ids=["inside", "outside"],
+)
+def test_reboot(running: Tremplin, command: tuple[str, ...]) -> None:
+    """Not a word while it reboots, and the next shutdown counts again."""
+    machine = running.machine
+    before = _init_pid(machine)
+    machine.run(*command)
+    wait_until(lambda: _init_pid(machine) not in {"0", before}, "the reboot")
+    machine.run("lxc", "stop", "--force", "life")
+    running.host.wait_for("ContainerShutdown", container="life")
+    assert len(running.host.of("ContainerShutdown", "life")) == 1
+
+
+def test_down_and_up_at_once(running: Tremplin) -> None:
+    """A start in the middle of a stop waits for it; the order of the reports is that of things."""
+    stop = running.stub.StopContainer.future(
+        pb.StopContainerRequest(container_name="life"), timeout=60
+    )
+    assert stop.result().status == pb.StopContainerResponse.STOPPING
+    before = len(running.host.reports)
+    start = running.call("StartContainer", container_name="life")
+    assert start.status in {
+        pb.StartContainerResponse.STARTED,
+        pb.StartContainerResponse.STARTING,
+    }
+    running.host.wait_for("UpdateStartStatus", container="life", after=before)
+    names = [report.method for report in running.host.reports[before:]]
+    assert names.index("ContainerShutdown") < names.index("UpdateStartStatus")
+    assert running.machine.containers() == {"life": "Running"}
+
+
+def test_stop_that_is_ignored(running: Tremplin) -> None:
+    """A container whose init does not listen is stopped by force; here by a second request."""
+    machine = running.machine
+    machine.run("lxc", "exec", "life", "--", "sh", "-c", "kill -STOP 1; true")
+    machine.run("lxc", "pause", "life")
+    before = len(running.host.reports)
+    running.call("StopContainer", container_name="life")
+    stopped = running.host.wait_for("UpdateStopStatus", container="life", after=before)
+    assert stopped.message.status == pb.ContainerStopProgress.STOPPED
+
+
+def test_start_races(tremplin: Tremplin) -> None:
+    """Many starts at once: one start, every answer a good one."""
+    tremplin.create("race")
+    calls = [
+        tremplin.stub.StartContainer.future(
+            pb.StartContainerRequest(container_name="race"), timeout=60
+        )
+        for _ in range(8)
+    ]
+    good = {
+        pb.StartContainerResponse.STARTED,
+        pb.StartContainerResponse.STARTING,
+        pb.StartContainerResponse.RUNNING,
+    }
+    assert all(call.result().status in good for call in calls)
+    tremplin.host.wait_for("UpdateStartStatus", container="race")
+    assert len(tremplin.host.of("UpdateStartStatus", "race")) == 1
