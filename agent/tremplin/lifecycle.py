@@ -24,6 +24,10 @@ _log = logging.getLogger(__name__)
 _UP = {"instance-started", "instance-restarted", "instance-resumed"}
 _DOWN = {"instance-shutdown", "instance-stopped", "instance-deleted"}
 _POLL_SECONDS = 0.1
+_REBOOT_BEGINS_SECONDS = 1.5
+"""A container that went down from inside and shows no sign of a reboot for so long is down."""
+_REBOOT_SECONDS = 15.0
+"""The longest time from one sign of a reboot to the next."""
 
 
 class Lifecycle:
@@ -63,26 +67,28 @@ class Lifecycle:
             else:
                 self._is_down(name)
 
-    async def _check(self, name: str) -> None:
-        while await self._is_coming_back(name):
-            await asyncio.sleep(_POLL_SECONDS)
-        del self._checks[name]
-        self._is_down(name)
+    def settle(self, name: str) -> None:
+        """Takes a container for down that may be rebooting: it is about to be started."""
+        if name in self._checks:
+            self._is_down(name)
 
-    async def _is_coming_back(self, name: str) -> bool:
-        # LXD takes a container's network away when it stops, not when it reboots, and gives it
-        # one anew when it starts.
-        try:
-            instance = await self._session.instance(name)
-        except LxdError:
-            return False
-        if instance is None:
-            return False
-        config = instance["config"]
-        return instance["status"] != "Stopped" or any(
-            key.startswith("volatile.") and key.endswith(".host_name") and value
-            for key, value in config.items()
-        )
+    async def _check(self, name: str) -> None:
+        # In a reboot LXD takes the network away late, if at all, and gives a new one a moment
+        # later; in a power-off it is gone when the event comes, and stays away.
+        clock = asyncio.get_running_loop().time
+        deadline = clock() + _REBOOT_BEGINS_SECONDS
+        while clock() < deadline:
+            try:
+                instance = await self._session.instance(name)
+            except LxdError:
+                instance = None
+            if instance is not None and instance["status"] != "Stopped":
+                del self._checks[name]
+                return
+            if instance is not None and _has_network(instance):
+                deadline = clock() + _REBOOT_SECONDS
+            await asyncio.sleep(_POLL_SECONDS)
+        self._is_down(name)
 
     def _is_down(self, name: str) -> None:
         check = self._checks.pop(name, None)
@@ -94,3 +100,10 @@ class Lifecycle:
         self._session.reporter.report(
             "ContainerShutdown", pb.ContainerShutdownInfo(container_name=name), container=name
         )
+
+
+def _has_network(instance: dict[str, Any]) -> bool:
+    return any(
+        key.startswith("volatile.") and key.endswith(".host_name") and value
+        for key, value in instance["config"].items()
+    )

@@ -12,7 +12,6 @@ from agent.grpc_endpoint import HostChannel, listen, prepare_run_dir
 from agent.pb import tremplin_pb2 as pb
 from agent.pb.tremplin_pb2_grpc import add_TremplinServicer_to_server
 from agent.tremplin.create import remove_imported_images
-from agent.tremplin.lifecycle import Lifecycle
 from agent.tremplin.lxd_client import LxdClient, LxdError
 from agent.tremplin.lxd_events import EventStream
 from agent.tremplin.lxd_setup import set_up_lxd
@@ -84,12 +83,11 @@ def _stop(stopping: asyncio.Future[signal.Signals], number: signal.Signals) -> N
 
 
 async def _follow(session: Session) -> None:
-    lifecycle = Lifecycle(session)
     giving_up: asyncio.TimerHandle | None = None
 
     async def connected() -> None:
         try:
-            await lifecycle.catch_up()
+            await session.lifecycle.catch_up()
             await session.lxd_operations.catch_up()
         except LxdError as error:
             raise ConnectionError(str(error)) from None
@@ -102,7 +100,7 @@ async def _follow(session: Session) -> None:
         if event.get("type") == "operation":
             session.lxd_operations.on_event(metadata)
         elif event.get("type") == "lifecycle":
-            lifecycle.on_event(metadata)
+            session.lifecycle.on_event(metadata)
 
     def lost() -> None:
         nonlocal giving_up

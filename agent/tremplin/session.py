@@ -8,6 +8,7 @@ import os
 from typing import NamedTuple
 
 from agent.tremplin.journal import Journal
+from agent.tremplin.lifecycle import Lifecycle
 from agent.tremplin.lxd_client import LxdClient, LxdNotFoundError
 from agent.tremplin.lxd_operations import LxdOperations
 
@@ -60,6 +61,7 @@ class Session:
         self.reporter = reporter
         self.lxd_is_up = asyncio.Event()
         """Set while LXD's events flow."""
+        self.lifecycle = Lifecycle(self)
         self.journal = Journal(f"{settings.run_dir}/tremplin-operations.json")
         self.running: set[Operation] = set()
         """Our long operations that have not ended."""
@@ -77,6 +79,12 @@ class Session:
         Raises OSError.
         """
         sync_filesystem(self.settings.lxd_dir)
+
+    async def ended(self, method: str, container: str) -> None:
+        """Returns when no operation begun by that RPC is under way on a container."""
+        for operation in list(self.running):
+            if operation.method == method and operation.container == container:
+                await operation.ended.wait()
 
     async def instance(self, container: str) -> dict[str, Any] | None:
         """LXD's description of a container, or None. Raises LxdError."""

@@ -47,6 +47,9 @@ class Start(Operation):
         """See Operation."""
         heartbeat = asyncio.create_task(self._heartbeat())
         try:
+            # What LXD is told while a stop is on its way could count before it.
+            await self.session.ended("StopContainer", self.container)
+            self.session.lifecycle.settle(self.container)
             await self._prepare()
             self.os_release = await read_os_release(self.session, self.container)
             try:
