@@ -1,8 +1,10 @@
-"""The programs that run beside maitred, as processes of PID 1: the log forwarder."""
+"""The programs that run beside maitred as processes of PID 1: log forwarder and remote shell."""
 
 from __future__ import annotations
 
 import sys
+
+from agent.options import VsockAddress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ async def launch(options: Options, supervisor: Supervisor) -> None:
             stop_timeout=_LOG_FORWARDER_STOP_SECONDS,
             stop_stage="last",
         )
+    shell_is_on = isinstance(options["maitred.listen"], VsockAddress)
+    if shell_is_on or "maitred.shell_listen" in options.given:
+        await client.launch(program("agent.shell", words), name="shell", respawn=True, backoff=True)
 
 
 def program(module: str, words: list[str]) -> list[str]:
