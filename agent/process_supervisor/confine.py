@@ -76,6 +76,8 @@ def spawn_confined(
         failure = pipe.read()  # ends when the child executes the program, or ends
     if failure:
         os.waitpid(pid, 0)
+        if limited and cgroup:
+            remove_cgroup(cgroup)
         number, _, text = failure.decode(errors="replace").partition(" ")
         raise OSError(int(number), os.strerror(int(number))) if int(number) else ValueError(text)
     return pid
