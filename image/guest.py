@@ -135,7 +135,7 @@ def write_rootfs(target: Path, work: Path, *, base: Path) -> None:
         raise BuildError(f"cannot find {source.relative_to(ROOT)}, the program of PID 1")
     shutil.copyfile(source, init)
     init.chmod(0o755)
-    shutil.copy(ROOT / "agent/process_supervisor/termina-ctl", root / "usr/local/bin")
+    shutil.copy(ROOT / "agent/process_supervisor/termina-ctl", root / "usr/bin")
     os.utime(root, (0, 0))
     make_ext4(root, target)
 

@@ -41,7 +41,7 @@ def spawn_confined(
     spec: ProcessSpec,
     env: Mapping[str, str],
     actions: list[tuple[Any, ...]],
-    cgroup: str | None,
+    cgroup: str,
 ) -> int:
     """Starts program as spec says; the pid.
 
@@ -76,14 +76,14 @@ def spawn_confined(
         failure = pipe.read()  # ends when the child executes the program, or ends
     if failure:
         os.waitpid(pid, 0)
-        if limited and cgroup:
+        if limited:
             remove_cgroup(cgroup)
         number, _, text = failure.decode(errors="replace").partition(" ")
         raise OSError(int(number), os.strerror(int(number))) if int(number) else ValueError(text)
     return pid
 
 
-def _join(cgroup: str | None) -> None:
+def _join(cgroup: str) -> None:
     with open(f"{cgroup}/cgroup.procs", "w", encoding="ascii") as file:
         file.write("0")
 
@@ -155,8 +155,8 @@ def _set_user(spec: ProcessSpec) -> dict[str, str]:
     return {"HOME": account.pw_dir, "USER": spec.user, "LOGNAME": spec.user}
 
 
-def _make_cgroup(cgroup: str | None, spec: ProcessSpec) -> None:
-    if cgroup is None:
+def _make_cgroup(cgroup: str, spec: ProcessSpec) -> None:
+    if not cgroup:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     os.makedirs(cgroup, exist_ok=True)
     for setting, value in (("memory.max", spec.memory_max), ("pids.max", spec.pids_max)):
@@ -164,9 +164,12 @@ def _make_cgroup(cgroup: str | None, spec: ProcessSpec) -> None:
             file.write(str(value or "max"))
 
 
-def remove_cgroup(cgroup: str) -> None:
-    """Removes the cgroup of a process that has ended, unless it left something running there."""
+def remove_cgroup(cgroup: str) -> bool:
+    """Removes the cgroup of a process that has ended; False while something runs in it."""
     try:
         os.rmdir(cgroup)
+    except FileNotFoundError:
+        return True
     except OSError:
-        pass
+        return False
+    return True

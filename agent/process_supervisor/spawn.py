@@ -73,10 +73,10 @@ def find_program(name: str) -> str:
     raise OSError(error, os.strerror(error), name)
 
 
-def spawn(spec: ProcessSpec, actions: list[tuple[Any, ...]], cgroup: str | None) -> int:
+def spawn(spec: ProcessSpec, actions: list[tuple[Any, ...]], cgroup: str) -> int:
     """Starts what spec says; the pid. When this returns, the program is being executed.
 
-    actions: from Stdio. cgroup: path for its cgroup, if it has limits; None: no cgroups here.
+    actions: from Stdio. cgroup: path for its cgroup, if it has limits; "": no cgroups here.
     Raises OSError when it cannot be executed, ValueError for text that cannot be an argument.
     """
     program = find_program(spec.argv[0])

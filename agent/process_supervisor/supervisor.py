@@ -63,6 +63,7 @@ class Supervisor:
         self._running = True
         self._orphans = 0
         self._upgrades = 0
+        self._old_cgroups: set[str] = set()
         self.loop = Loop()
         self._outputs = Outputs(
             self.loop,
@@ -250,12 +251,14 @@ class Supervisor:
                     process.pipe.ready()  # what it printed is there before anybody hears of its end
                     process.pipe = None
                 self.table.exited(pid, status)
-                if process.spec.confined():
-                    self._remove_cgroup(process)
+                if process.spec.memory_max or process.spec.pids_max:
+                    self._old_cgroups.add(self._cgroup(process))
             except Exception as error:  # noqa: BLE001  # the next zombie waits
                 report(error, f"see to the exit of {pid}")
         else:
             self.loop.call_later(0, self._reap)
+        if self._old_cgroups:
+            self._remove_cgroups()
         if self._shutdown:
             self._shutdown.poke()
 
@@ -277,16 +280,17 @@ class Supervisor:
             process.pipe = self._outputs.follow(reader, process.ring, process.key, pid)
         return pid
 
-    def _cgroup(self, process: Process) -> str | None:
+    def _cgroup(self, process: Process) -> str:
         name = "".join(letter if letter.isalnum() else "_" for letter in process.key)
-        return f"{self._cgroups}/{process.serial}_{name}" if self._cgroups else None
+        return f"{self._cgroups}/{process.serial}_{name}" if self._cgroups else ""
 
-    def _remove_cgroup(self, process: Process) -> None:
-        cgroup = self._cgroup(process)
-        if cgroup and process.pid is None:
-            from agent.process_supervisor.confine import remove_cgroup
+    def _remove_cgroups(self) -> None:
+        """Removes those whose process has ended, as soon as what it left behind has ended too."""
+        from agent.process_supervisor.confine import remove_cgroup
 
-            remove_cgroup(cgroup)
+        running = {self._cgroup(process) for process in self.table if process.pid is not None}
+        self._old_cgroups -= running
+        self._old_cgroups -= {path for path in self._old_cgroups if remove_cgroup(path)}
 
     def _printed(self, pipe: Pipe, data: bytes) -> None:
         if self._control:
