@@ -1,0 +1,68 @@
+"""Devices that appear while the VM runs."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from agent.pb import vm_guest_pb2
+from host.build_files import GuestImage
+from host.commands import run_in_guest
+from host.disks import DataDisk
+from host.image_server import ImageServer
+from host.qemu import Machine
+from tests.vm.vms import boot, new_vm
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def test_nic_and_disk_plugged_in_later(
+    runner: asyncio.Runner, image: GuestImage, image_server: ImageServer, tmp_path: Path
+) -> None:
+    """A NIC and a disk get their names, and the disk can be used, without a restart."""
+    machine = Machine(spare_slots=2)
+
+    async def scene() -> None:
+        with DataDisk(tmp_path / "more.img").open(size=64 << 20) as more:
+            async with new_vm(image, tmp_path, image_server, machine=machine) as test_vm:
+                vm = test_vm.vm
+                await boot(vm)
+                async with vm.monitor() as monitor:
+                    await monitor.run("netdev_add", type="user", id="net1", restrict=True)
+                    await monitor.run(
+                        "device_add",
+                        driver="virtio-net-pci",
+                        netdev="net1",
+                        bus="slot0",
+                        romfile="",
+                    )
+                    await monitor.run(
+                        "blockdev-add",
+                        **{"driver": "raw", "node-name": "more",
+                           "file": {"driver": "file", "filename": str(more.path)}},
+                    )  # fmt: skip
+                    await monitor.run(
+                        "device_add", driver="virtio-blk-pci", drive="more", bus="slot1"
+                    )
+                wait = (
+                    "for n in $(seq 200); do test -e /sys/class/net/eth1 -a -b /dev/vde && exit 0; "
+                    "sleep 0.1; done; ls /sys/class/net /dev/vd*; exit 1"
+                )
+                appeared = await run_in_guest(vm, ["/bin/sh", "-c", wait])
+                assert appeared.code == 0, appeared.output
+                made = await run_in_guest(vm, ["mkfs.ext4", "-q", "/dev/vde"])
+                assert made.code == 0, made.errors
+                mounted = await vm.maitred.Mount(
+                    vm_guest_pb2.MountRequest(
+                        source="/dev/vde", target="/mnt/more", fstype="ext4", create_target=True
+                    ),
+                    timeout=20,
+                )
+                assert mounted.error == 0
+                found = await run_in_guest(vm, ["findmnt", "-no", "SOURCE", "/mnt/more"])
+                assert found.output == "/dev/vde\n"
+                assert await vm.shut_down(), vm.console.last_lines(20)
+
+    runner.run(scene())
