@@ -98,6 +98,12 @@ def parse(text: str, mark: str) -> Finished:
     return Finished(int(code), output.decode(errors="replace"), errors.decode(errors="replace"))
 
 
+def _forget(vm: Vm) -> str:
+    """Shell commands that delete the output of earlier commands in the VM."""
+    marks, vm.kept_output = vm.kept_output, set()
+    return "".join(f"rm -f /run/{mark} /run/{mark}.*; " for mark in marks)
+
+
 async def run_in_guest(
     vm: Vm, argv: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 60.0
 ) -> Finished:
@@ -109,11 +115,13 @@ async def run_in_guest(
     mark = _MARK + secrets.token_hex(8)
     what = f"run {argv[0]} in the VM"
     for _ in range(_TRIES):
-        start = len(vm.console.text)
+        start = vm.console.position
         launched = await vm.alive(
             vm.maitred.LaunchProcess(
                 vm_guest_pb2.LaunchProcessRequest(
-                    argv=["/bin/sh", "-c", script(argv, mark)], env=env, use_console=True
+                    argv=["/bin/sh", "-c", _forget(vm) + script(argv, mark)],
+                    env=env,
+                    use_console=True,
                 ),
                 timeout=CALL_SECONDS,
             ),
@@ -127,7 +135,9 @@ async def run_in_guest(
             vm.console.wait_for(rf"{mark}:end:.*\n", start=start), timeout=timeout, what=what
         )
         try:
-            return parse(vm.console.text[start:], mark)
+            finished = parse(vm.console.since(start), mark)
+            vm.kept_output.add(mark)
+            return finished
         except GarbledError:
             continue  # the output is kept in a file there: print it again
     raise HostError(f"cannot {what}: its output was garbled on the console {_TRIES} times")

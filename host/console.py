@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _PANIC = "Kernel panic - not syncing"
 _CHUNK = 1 << 16
+_KEPT_MAX = 4 << 20  # characters; the log has everything
 
 # What terminals do with colours and cursors is of no use in text that is searched.
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_c78=>])")
@@ -33,6 +34,7 @@ class Console:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._lines = ""
         self._unfinished = ""
+        self._dropped = 0
         self._changed = asyncio.Condition()
         self._watchers: set[Callable[[bytes], None]] = set()
         self._writer: asyncio.StreamWriter | None = None
@@ -41,8 +43,19 @@ class Console:
 
     @property
     def text(self) -> str:
-        """Everything so far, with line feeds only and without escape sequences."""
+        """Everything so far, with line feeds only and without escape sequences; of very much, the
+        last few megabytes.
+        """
         return self._lines + _plain(self._unfinished)
+
+    @property
+    def position(self) -> int:
+        """How many characters of text there have been."""
+        return self._dropped + len(self.text)
+
+    def since(self, position: int) -> str:
+        """The text from a position on."""
+        return self.text[max(0, position - self._dropped) :]
 
     def last_lines(self, count: int = 5) -> list[str]:
         """The last lines that are not blank; after a panic, those up to the line that says so, as
@@ -65,10 +78,10 @@ class Console:
             self._writer.write(data)
 
     async def wait_for(self, pattern: str, *, start: int = 0) -> re.Match[str]:
-        """The first match of a regular expression in the text from offset start on."""
+        """The first match of a regular expression in the text from a position on."""
         expression = re.compile(pattern, re.MULTILINE)
         async with self._changed:
-            while not (match := expression.search(self.text, start)):
+            while not (match := expression.search(self.since(start))):
                 await self._changed.wait()
             return match
 
@@ -94,6 +107,10 @@ class Console:
             # An escape sequence may be cut by the end of a read: only whole lines are final.
             lines, feed, rest = (self._unfinished + self._decoder.decode(data)).rpartition("\n")
             self._lines += _plain(lines + feed)
+            if len(self._lines) > _KEPT_MAX:
+                drop = len(self._lines) - _KEPT_MAX // 2
+                self._lines = self._lines[drop:]
+                self._dropped += drop
             self._unfinished = rest
             if _PANIC in lines or _PANIC in rest:
                 self.panicked.set()

@@ -93,6 +93,9 @@ class Vm:
         self.booted_at = 0.0
         """When QEMU was started last (monotonic seconds)."""
 
+        self.kept_output: set[str] = set()
+        """Files in the VM that host/commands.py has no more use for."""
+
         self._vsock_choice = vsock
         self._given_run_dir = run_dir
         self.run_dir: Path
@@ -166,9 +169,10 @@ class Vm:
         if not self._ended.is_set():
             raise HostError("cannot start the VM: it is running already")
         await self._clean_up()
-        self._boot_starts_at = len(self.console.text)
+        self._boot_starts_at = self.console.position
         self._events_start_at = len(self.recorder.events)
         self.console.panicked.clear()
+        self.kept_output.clear()
         try:
             vhost_user = await self._start_daemon() if isinstance(self.vsock, UserVsock) else None
             console = check_socket_path(self.run_dir / "serial.sock")
@@ -249,7 +253,7 @@ class Vm:
     @property
     def boot_text(self) -> str:
         """The console's text since boot()."""
-        return self.console.text[self._boot_starts_at :]
+        return self.console.since(self._boot_starts_at)
 
     @property
     def boot_events(self) -> int:
@@ -305,7 +309,10 @@ class Vm:
         if self.running:
             try:
                 await self.alive(
-                    self.maitred.Shutdown(common_pb2.EmptyMessage(), timeout=timeout),
+                    # A maitred that has just died is started again.
+                    self.maitred.Shutdown(
+                        common_pb2.EmptyMessage(), timeout=timeout, wait_for_ready=True
+                    ),
                     timeout=timeout,
                     what="shut down the VM",
                 )

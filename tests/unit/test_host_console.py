@@ -78,7 +78,7 @@ def test_wait_for_finds_what_came_before_and_what_comes(tmp_path: Path) -> None:
         console = Console(tmp_path / "c.log")
         await console.take(b"mark 1\n")
         found = [(await console.wait_for(r"mark \d")).group()]
-        waiting = asyncio.create_task(console.wait_for(r"mark \d", start=len(console.text)))
+        waiting = asyncio.create_task(console.wait_for(r"mark \d", start=console.position))
         await console.take(b"mark")
         assert not waiting.done()
         await console.take(b" 2\n")
@@ -87,3 +87,22 @@ def test_wait_for_finds_what_came_before_and_what_comes(tmp_path: Path) -> None:
         return found
 
     assert asyncio.run(scene()) == ["mark 1", "mark 2"]
+
+
+def test_much_output_is_not_kept_for_ever() -> None:
+    """Memory is bounded, and positions keep their meaning."""
+
+    async def scene() -> None:
+        console = Console(Path("/dev/null"))
+        line = b"x" * 1023 + b"\n"
+        for _ in range(6 * 1024):
+            await console.take(line)
+        here = console.position
+        assert here == 6 << 20
+        assert len(console.text) <= 4 << 20
+        await console.take(b"found\n")
+        assert console.since(here) == "found\n"
+        assert (await console.wait_for("found", start=here)).group() == "found"
+        console.close()
+
+    asyncio.run(scene())

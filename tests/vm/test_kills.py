@@ -108,7 +108,7 @@ def test_killed_in_each_stage(
         )
 
     def user_is_set_up(test_vm: TestVm) -> Callable[[int], Awaitable[object]]:
-        start = len(test_vm.vm.console.text)
+        start = test_vm.vm.console.position
         return lambda _: test_vm.vm.console.wait_for("penguin has its user", start=start)
 
     def created(test_vm: TestVm) -> Callable[[int], Awaitable[object]]:

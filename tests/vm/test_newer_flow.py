@@ -270,7 +270,7 @@ def test_login_appears_on_the_console(up: tuple[TestVm, Reached], runner: asynci
     vm = test_vm.vm
 
     async def scene() -> None:
-        start = len(vm.console.text)
+        start = vm.console.position
         await test_vm.host().log_in()
         await vm.alive(
             vm.console.wait_for(r"[$#] ?\Z", start=start), timeout=30, what="see a prompt"

@@ -68,7 +68,7 @@ def test_power_cuts(
     """One disk, cut again and again; then the whole flow, with one whole container on it."""
 
     async def cut(test_vm: TestVm, moment: Moment) -> None:
-        before = len(test_vm.vm.console.text)
+        before = test_vm.vm.console.position
         await boot(test_vm.vm)
         flow = asyncio.ensure_future(test_vm.host().bring_up())
         await test_vm.vm.alive(moment(test_vm, before), timeout=120, what="get to the moment")
