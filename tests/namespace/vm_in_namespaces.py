@@ -45,6 +45,23 @@ mount --rbind /run/dev /dev
 """
 """For `before`: what is written below these directories stays in the namespaces."""
 
+PRIVATE_ROOT = """
+mount -t tmpfs tmpfs /run
+mkdir -p /run/over/upper /run/over/work /run/root
+mount -t overlay overlay /run/root -o lowerdir=/,upperdir=/run/over/upper,workdir=/run/over/work
+mount -t proc proc /run/root/proc
+mount -t tmpfs tmpfs /run/root/dev
+for name in null zero urandom tty; do
+    touch /run/root/dev/$name
+    mount --bind /dev/$name /run/root/dev/$name
+done
+mkdir -p "/run/root$DIRECTORY"
+mount --bind "$DIRECTORY" "/run/root$DIRECTORY"
+cd /run/root
+set -- chroot . env -C "$PWD_OF_AGENT" "$@"
+"""
+"""For `before`: nothing that is written anywhere leaves the namespaces, but in the directory."""
+
 EMPTY = common_pb2.EmptyMessage()
 
 
@@ -108,6 +125,7 @@ class Vm:
                     *(sys.executable, "-m", "agent.process_supervisor", *self._options),
                 ],
                 cwd=ROOT,
+                env={**os.environ, "DIRECTORY": str(self.directory), "PWD_OF_AGENT": str(ROOT)},
                 stdin=subprocess.DEVNULL,
                 stderr=console,
             )
@@ -169,7 +187,7 @@ class Vm:
 
     def inside(self, *argv: str) -> str:
         """The output of a program in the namespaces."""
-        enter = ("nsenter", "-t", str(self.init_pid), "-m", "-n", "-p")
+        enter = ("nsenter", "-t", str(self.init_pid), "-m", "-n", "-p", "-r")
         done = subprocess.run([*enter, *argv], capture_output=True, text=True, check=True)
         return done.stdout
 
