@@ -11,6 +11,9 @@ from agent.process_supervisor.client import SupervisorError, SupervisorGone
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
     from agent.process_supervisor.client import AsyncClient, Exit
 
 _log = logging.getLogger(__name__)
@@ -41,11 +44,12 @@ async def launch(
     *,
     name: str = "",
     once: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> vm_guest_pb2.LaunchProcessResponse:
     """Has PID 1 spawn the process; with wait_for_exit, returns when it has ended.
 
     client: connected to PID 1.
-    name, once: as for ProcessSpec.
+    name, once, options: as for ProcessSpec; options are what a request cannot say.
     The result says FAILED when the program cannot be executed. When the caller is cancelled, the
     process goes on.
     Raises BadRequest; SupervisorGone: PID 1 is not there, or went away during the wait.
@@ -60,6 +64,7 @@ async def launch(
             wait=request.wait_for_exit,
             name=name,
             once=once,
+            **(options or {}),
         )
     except SupervisorGone:
         raise

@@ -15,6 +15,7 @@ from agent.options import HOST_CID, Address, VsockAddress
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from typing import Any
 
     from agent.maitred.supervisor import Supervisor
     from agent.options import Options
@@ -28,6 +29,7 @@ _VM_READY = "/vm_tools.StartupListener/VmReady"
 _EMPTY_MESSAGE = b""
 
 _MARKER = "vm-ready-sent"
+_FIELDS_OF_THE_REQUEST = frozenset({"argv", "env", "name", "respawn", "console", "once"})
 _RETRY_FIRST_SECONDS = 0.1
 _RETRY_MAX_SECONDS = 2.0
 
@@ -82,8 +84,10 @@ def _reason(error: grpc.aio.AioRpcError) -> str:
 async def launch_startup_files(directory: str, supervisor: Supervisor) -> None:
     """Launches the LaunchProcessRequest of each *.textproto in directory, in the order of names.
 
-    Each one is launched once per boot; one that waits for its exit holds up the next. A bad file is
-    logged and passed over.
+    FILE.json beside FILE.textproto holds what a request cannot say: the fields of ProcessSpec that
+    confine a process (user, no_new_privs, capabilities, rlimits, memory_max ...), say how it is
+    stopped, or make it back off. Each one is launched once per boot; one that waits for its exit
+    holds up the next. A bad file is logged and passed over.
     """
     files = list(_startup_files(directory))
     if not files:
@@ -92,10 +96,12 @@ async def launch_startup_files(directory: str, supervisor: Supervisor) -> None:
     from agent.maitred.errors import CallError
     from agent.process_supervisor.client import SupervisorError
 
-    for name, request in files:
+    for name, request, options in files:
         try:
             client = await supervisor.client()
-            response = await processes.launch(client, request, name=f"startup:{name}", once=True)
+            response = await processes.launch(
+                client, request, name=f"startup:{name}", once=True, options=options
+            )
         except (CallError, SupervisorError) as error:
             _log.error("startup file %s: %s", name, error)
         else:
@@ -112,7 +118,7 @@ def vm_guest_status(status: vm_guest_pb2.ProcessStatus.ValueType) -> str:
 
 def _startup_files(
     directory: str,
-) -> Iterator[tuple[str, vm_guest_pb2.LaunchProcessRequest]]:
+) -> Iterator[tuple[str, vm_guest_pb2.LaunchProcessRequest, dict[str, Any]]]:
     try:
         names = sorted(name for name in os.listdir(directory) if name.endswith(".textproto"))
     except FileNotFoundError:
@@ -131,7 +137,33 @@ def _startup_files(
         try:
             with open(f"{directory}/{name}", encoding="utf-8") as file:
                 text_format.Parse(file.read(), request)
-        except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+            options = _process_options(f"{directory}/{name.removesuffix('.textproto')}.json")
+        except (OSError, ValueError, text_format.ParseError) as error:
             _log.error("startup file %s: cannot read it: %s", name, error)
             continue
-        yield name, request
+        yield name, request, options
+
+
+def _process_options(path: str) -> dict[str, Any]:
+    """The options in a file, none when there is no such file.
+
+    Raises OSError; ValueError: a process that was to be confined is not launched without.
+    """
+    import json
+
+    from agent.process_supervisor.protocol import ProcessSpec, ProtocolError
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            options = json.load(file)
+    except FileNotFoundError:
+        return {}
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} is not a JSON object")  # noqa: TRY004  # of the file, not ours
+    if said_elsewhere := options.keys() & _FIELDS_OF_THE_REQUEST:
+        raise ValueError(f"{path} is no place for {', '.join(sorted(said_elsewhere))}")
+    try:
+        ProcessSpec.from_wire({"argv": ["x"], "respawn": True, **options})
+    except ProtocolError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return options

@@ -167,6 +167,36 @@ def test_startup_files_run_in_order_and_bad_ones_are_passed_over(tmp_path: Path)
     in_vm(tmp_path, scenario)
 
 
+def test_startup_files_can_have_less_than_full_root(tmp_path: Path) -> None:
+    startup = tmp_path / "startup"
+    startup.mkdir()
+    out = tmp_path / "out"
+    for name, options in {
+        "a": '{"no_new_privs": true, "capabilities": ["chown"], "rlimits": {"nofile": [77, 77]}}',
+        "b": '{"no_new_privs": "true"}',
+        "c": '{"argv": ["other"]}',
+        "d": "no JSON",
+    }.items():
+        script = f"(grep -E 'NoNewPrivs|CapBnd' /proc/self/status; ulimit -n) >{out}.{name}"
+        text = f'argv: "sh" argv: "-c" argv: "{script}" wait_for_exit: true'
+        (startup / f"{name}.textproto").write_text(text)
+        (startup / f"{name}.json").write_text(options)
+    (startup / "z.textproto").write_text(f'argv: "touch" argv: "{tmp_path}/last"')
+
+    async def scenario(vm: Vm) -> None:
+        async with asyncio.timeout(20):
+            while not (tmp_path / "last").exists():
+                await asyncio.sleep(0.01)
+        lines = Path(f"{out}.a").read_text().split()
+        assert lines == ["CapBnd:", "0000000000000001", "NoNewPrivs:", "1", "77"]
+        # One whose confinement cannot be read is not launched without it.
+        for name in ("b", "c", "d"):
+            assert not Path(f"{out}.{name}").exists()
+            assert f"startup file {name}.textproto: cannot" in vm.console.read_text()
+
+    in_vm(tmp_path, scenario)
+
+
 def test_startup_files_can_be_turned_off(tmp_path: Path) -> None:
     (tmp_path / "startup").mkdir()
     (tmp_path / "startup" / "a.textproto").write_text('argv: "sleep" argv: "2000"')

@@ -5,6 +5,7 @@ listens for them: what a VM is, without the VM.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -157,10 +158,11 @@ class Vm:
     def processes(self) -> dict[int, list[str]]:
         """The command lines of PID 1's children, by pid as seen from here."""
         init = self.init_pid
-        children = Path(f"/proc/{init}/task/{init}/children").read_text().split()
-        return {
-            int(pid): Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1] for pid in children
-        }
+        found = {}
+        for pid in Path(f"/proc/{init}/task/{init}/children").read_text().split():
+            with contextlib.suppress(OSError):  # it has ended in the meantime
+                found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+        return found
 
     def pid_of(self, word: str) -> int:
         """The child of PID 1 that has this word in its command line."""
