@@ -33,6 +33,11 @@ UNUSED = (
     "usr/lib/python3.11/test", "usr/lib/python3.11/idlelib", "usr/lib/python3.11/lib2to3",
     "usr/lib/python3.11/ensurepip", "usr/lib/python3.11/tkinter", "usr/lib/python3.11/pydoc_data",
 )  # fmt: skip
+_SETTLED = (
+    # Looked for at every start of Python, every lease, every login.
+    "usr/lib/python3.11/sitecustomize.py", "etc/dhcp/dhclient-enter-hooks.d/debug",
+    "etc/dhcp/dhclient-exit-hooks.d/debug", "etc/*-",
+)  # fmt: skip
 _DIRECTORIES = (
     "mnt/shared", "mnt/stateful", "opt/google/cros-containers", "etc/maitred", "var/lib/lxcfs",
     "dev", "proc", "sys", "run", "tmp", "home", "root",
@@ -101,8 +106,9 @@ def _settle(root: Path) -> None:
     lay_over(OVERLAY, root)
     (root / "etc/resolv.conf").unlink(missing_ok=True)
     (root / "etc/resolv.conf").symlink_to("/run/resolv.conf")
-    for path in (root / "etc").glob("*-"):
-        path.unlink()
+    for pattern in _SETTLED:
+        for path in root.glob(pattern):
+            path.unlink()
 
 
 def _compile(root: Path, *folders: str) -> None:

@@ -79,6 +79,8 @@ static void load_modules(void)
             if (pid > 0)
                 break;
             child = pid == 0; /* without a child they are loaded now: late, but there */
+            if (child)
+                nice(10); /* whoever waits for the VM waits for Python first */
         } else {
             load(line);
         }
