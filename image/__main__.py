@@ -4,6 +4,7 @@ build/container-image. Both show their stages and end at once when nothing has c
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
@@ -196,12 +197,15 @@ def build_containers(cache: Cache) -> None:
     """Writes the simplestreams tree of the container images."""
     output = ROOT / "build/container-image"
     with locked(ROOT / "build/.container-image.lock"):
-        how = recipe(
-            container.debian, bootstrap, container.UNUSED, container.MASKED, DPKG_OPTIONS,
-            container.squash,
-        )  # fmt: skip
-        key = digest(*package_list(container.PACKAGES), _files("debian"), how)
-        debian = cache.layer("debian", key, _timed("Debian container", container.debian))
+        how = recipe(container.packages_layer, bootstrap, container.UNUSED, DPKG_OPTIONS)
+        packages = cache.layer(
+            "container",
+            digest(*package_list(container.PACKAGES), how),
+            _timed("Debian packages of the container", container.packages_layer),
+        )
+        make = functools.partial(container.debian, packages=packages)
+        key = digest(packages.name, _files("debian"), HERE / "container.py")
+        debian = cache.layer("debian", key, _timed("Debian container", make))
         how = recipe(container.busybox, container.squash)
         key = digest(container.BUSYBOX, _files("busybox"), how)
         busybox = cache.layer("busybox", key, _timed("busybox container", container.busybox))

@@ -237,3 +237,20 @@ def lay_over(files: Path, root: Path) -> None:
             place.unlink(missing_ok=True)
             shutil.copyfile(path, place)
             place.chmod(0o755 if path.stat().st_mode & 0o100 else 0o644)
+
+
+def pack(folder: Path, target: Path) -> None:
+    """Archives a folder's content with owners and permissions."""
+    run(
+        ["tar", "--create", "--file", target, "--directory", folder, "--numeric-owner", "--xattrs",
+         "--xattrs-include=*", "--sort=name", "--use-compress-program=zstd -1 -T0", "."]
+    )  # fmt: skip
+
+
+def extract(archive: Path, folder: Path) -> None:
+    """Extracts what pack() wrote."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run(
+        ["tar", "--extract", "--file", archive, "--directory", folder, "--numeric-owner",
+         "--xattrs", "--xattrs-include=*", "--same-permissions", "--use-compress-program=zstd"]
+    )  # fmt: skip

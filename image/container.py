@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from image.apt import Mirrors, bootstrap
-from image.build import BuildError, lay_over, package_list, remove, run
+from image.build import BuildError, extract, lay_over, pack, package_list, remove, run
 
 PACKAGES = Path(__file__).with_name("packages-container.txt")
 FILES = Path(__file__).with_name("containers")
@@ -15,13 +15,17 @@ FILES = Path(__file__).with_name("containers")
 BUSYBOX = Path("/bin/busybox")
 
 UNUSED = (
-    "boot", "var/cache/apt/*", "var/lib/apt/lists/*", "var/cache/debconf/*-old", "var/log/apt",
+    "boot/*", "var/cache/apt/*", "var/lib/apt/lists/*", "var/cache/debconf/*-old", "var/log/apt",
     "var/log/*.log", "usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale",
     "usr/share/lintian", "usr/share/bash-completion", "usr/share/i18n",
     "usr/lib/x86_64-linux-gnu/gconv", "usr/lib/udev/hwdb.d", "usr/lib/systemd/catalog",
     "usr/lib/modprobe.d", "etc/machine-id", "var/lib/dbus/machine-id",
+)  # fmt: skip
+
+_SETTLED = (
     # Without it the journal stays in memory, which spares the VM's disk and the start.
     "var/log/journal",
+    # Looked for at every lease.
     "etc/dhcp/dhclient-exit-hooks.d/debug", "etc/dhcp/dhclient-enter-hooks.d/debug",
     "etc/dhcp/dhclient-exit-hooks.d/timesyncd",
 )  # fmt: skip
@@ -36,7 +40,7 @@ MASKED = (
     "systemd-sysctl.service", "systemd-udev-trigger.service", "systemd-udevd.service",
     "systemd-random-seed.service", "systemd-remount-fs.service", "systemd-pcrphase.service",
     "systemd-pcrphase-sysinit.service", "modprobe@.service", "kmod-static-nodes.service",
-    "systemd-fsck-root.service", "ifupdown-pre.service",
+    "systemd-fsck-root.service", "systemd-pstore.service", "ifupdown-pre.service",
     # Done when the image was built, or of no use in a container that was made a moment ago.
     "systemd-firstboot.service", "systemd-sysusers.service",
     "systemd-journal-catalog-update.service",
@@ -50,14 +54,26 @@ MASKED = (
 )  # fmt: skip
 
 
-def debian(target: Path, work: Path) -> None:
-    """Writes the squashfs of a Debian container that systemd runs. Raises BuildError."""
+def packages_layer(target: Path, work: Path) -> None:
+    """Writes the Debian packages' files as an archive. Raises BuildError."""
     root = work / "root"
     bootstrap(root, package_list(PACKAGES), Mirrors.of_this_machine())
     for pattern in UNUSED:
         for path in root.glob(pattern):
             remove(path)
-    (root / "boot").mkdir()
+    pack(root, target)
+
+
+def debian(target: Path, work: Path, *, packages: Path) -> None:
+    """Writes the squashfs of a Debian container that systemd runs. Raises BuildError.
+
+    packages: what packages_layer() wrote.
+    """
+    root = work / "root"
+    extract(packages, root)
+    for pattern in _SETTLED:
+        for path in root.glob(pattern):
+            remove(path)
     lay_over(FILES / "debian", root)
     (root / "etc/sudoers.d/termina").chmod(0o440)
     # Empty, not missing: each container gets its own, and it is no "first boot" with its presets.

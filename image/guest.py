@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from image.apt import Mirrors, bootstrap
-from image.build import ROOT, BuildError, lay_over, package_list, remove, run
+from image.build import ROOT, BuildError, extract, lay_over, pack, package_list, remove, run
 from image.kernel import Kernel
 
 PACKAGES = Path(__file__).with_name("packages-guest.txt")
@@ -70,23 +70,6 @@ def wheels_layer(target: Path, work: Path) -> None:
     )  # fmt: skip
     remove(folder / "bin")
     pack(folder, target)
-
-
-def pack(folder: Path, target: Path) -> None:
-    """Archives a folder's content with owners and permissions."""
-    run(
-        ["tar", "--create", "--file", target, "--directory", folder, "--numeric-owner", "--xattrs",
-         "--xattrs-include=*", "--sort=name", "--use-compress-program=zstd -1 -T0", "."]
-    )  # fmt: skip
-
-
-def extract(archive: Path, folder: Path) -> None:
-    """Extracts what pack() wrote."""
-    folder.mkdir(parents=True, exist_ok=True)
-    run(
-        ["tar", "--extract", "--file", archive, "--directory", folder, "--numeric-owner",
-         "--xattrs", "--xattrs-include=*", "--same-permissions", "--use-compress-program=zstd"]
-    )  # fmt: skip
 
 
 def base_layer(target: Path, work: Path, *, debian: Path, wheels: Path, kernel: Kernel) -> None:
