@@ -35,16 +35,17 @@ class Lifecycle:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._up: set[str] = set()
+        self.up: set[str] = set()
+        """The containers that run."""
         self._checks: dict[str, asyncio.Task[None]] = {}
 
     async def catch_up(self) -> None:
         """Compares with what LXD says, after a time without events. Raises LxdError."""
         instances = await self._session.lxd.get("instances", params={"recursion": "1"})
         up = {found["name"] for found in instances if found["status"] != "Stopped"}
-        for name in self._up - up:
+        for name in self.up - up:
             self._is_down(name)
-        self._up = {name for name in up if not is_in_progress(name)}
+        self.up = {name for name in up if not is_in_progress(name)}
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Takes an event of type lifecycle; event: its metadata."""
@@ -59,8 +60,8 @@ class Lifecycle:
                 if action == "instance-started":
                     # It was down all the same, and somebody started it at once.
                     self._is_down(name)
-            self._up.add(name)
-        elif action in _DOWN and name in self._up and name not in self._checks:
+            self.up.add(name)
+        elif action in _DOWN and name in self.up and name not in self._checks:
             if action == "instance-shutdown" and not event.get("requestor"):
                 # A reboot from inside looks at first like a power-off from inside.
                 self._checks[name] = asyncio.create_task(self._check(name))
@@ -95,7 +96,7 @@ class Lifecycle:
         if check is not None:
             check.cancel()
         with contextlib.suppress(KeyError):
-            self._up.remove(name)
+            self.up.remove(name)
         _log.info("container %s is down", name)
         self._session.reporter.report(
             "ContainerShutdown", pb.ContainerShutdownInfo(container_name=name), container=name

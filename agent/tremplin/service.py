@@ -15,6 +15,7 @@ from agent.tremplin.create import remove_imported_images
 from agent.tremplin.lxd_client import LxdClient, LxdError
 from agent.tremplin.lxd_events import EventStream
 from agent.tremplin.lxd_setup import set_up_lxd
+from agent.tremplin.ports import ListeningPorts
 from agent.tremplin.reporter import Reporter
 from agent.tremplin.servicer import Servicer, resume
 from agent.tremplin.session import Session, Settings
@@ -64,9 +65,11 @@ async def serve(options: Options) -> None:
             _log.info("serving on %s", options["tremplin.listen"])
             reporter.report("TremplinReady", pb.TremplinStartupInfo(), container="")
         tidying = asyncio.create_task(_tidy(session))
+        watching = asyncio.create_task(ListeningPorts(session).run())
         if await stopping is signal.SIGPWR:
             await _stop_containers(session)
         tidying.cancel()
+        watching.cancel()
         if listener is not None:
             await listener.stop(_FAREWELL_SECONDS)
     finally:

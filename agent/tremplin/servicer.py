@@ -13,14 +13,18 @@ from agent.pb.tremplin_pb2_grpc import TremplinServicer
 from agent.tremplin import markers
 from agent.tremplin.accounts import AccountError, without_name
 from agent.tremplin.create import Create, image_source, source_problem
+from agent.tremplin.debug_info import debug_info
+from agent.tremplin.devices import DeviceError, attach_usb, detach_usb, update_devices
 from agent.tremplin.info import container_info
 from agent.tremplin.lxd_client import LxdError
+from agent.tremplin.name_server import forget_names
 from agent.tremplin.names import name_problem
 from agent.tremplin.operation import Operation, Outcome, one_line
 from agent.tremplin.remove import Delete
 from agent.tremplin.set_up_user import read_primary_user, set_up_user
 from agent.tremplin.start import ANSWER_SECONDS, Start, read_os_release
 from agent.tremplin.stop import Stop
+from agent.tremplin.timezone import set_timezone, timezone_problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -280,6 +284,133 @@ class Servicer(TremplinServicer):
             return statuses(
                 status=statuses.FAILED, failure_reason=_cannot("look at", name, one_line(error))
             )
+
+    async def SetTimezone(
+        self,
+        request: pb.SetTimezoneRequest,
+        context: grpc.aio.ServicerContext[pb.SetTimezoneRequest, pb.SetTimezoneResponse],
+    ) -> pb.SetTimezoneResponse:
+        """Sets the local time of the containers that are named."""
+        del context
+        problem = timezone_problem(request.timezone_name, request.posix_tz_string)
+        response = pb.SetTimezoneResponse()
+        for name in request.container_names:
+            try:
+                why = problem or name_problem(name) or await self._set_timezone(name, request)
+            except (LxdError, OSError) as error:
+                why = one_line(error)
+            if why:
+                response.failure_reasons.append(_cannot("set the time zone of", name, why))
+            else:
+                response.successes += 1
+        return response
+
+    async def _set_timezone(self, name: str, request: pb.SetTimezoneRequest) -> str:
+        lxd = self._session.lxd
+        known = await lxd.in_thread(set_timezone, lxd.socket_path, name, request.timezone_name)
+        if not known and not request.posix_tz_string:
+            return "it does not know the zone, and there is no POSIX string"
+        # Programs that are started in the container go by TZ where there are no zone files.
+        wanted = "" if known else request.posix_tz_string
+        instance = await self._session.instance(name)
+        if instance is None:
+            return "there is no such container"
+        if instance["config"].get("environment.TZ", "") != wanted:
+            await lxd.request(
+                "patch", "instances", name, json={"config": {"environment.TZ": wanted}}
+            )
+        return ""
+
+    async def HostNetworkChanged(
+        self,
+        request: pb.HostNetworkChangedRequest,
+        context: grpc.aio.ServicerContext[
+            pb.HostNetworkChangedRequest, pb.HostNetworkChangedResponse
+        ],
+    ) -> pb.HostNetworkChangedResponse:
+        """The containers' name server forgets what it learned on the old network."""
+        del request, context
+        await asyncio.to_thread(forget_names, self._session.settings.lxd_dir)
+        return pb.HostNetworkChangedResponse()
+
+    async def GetDebugInfo(
+        self,
+        request: pb.GetDebugInfoRequest,
+        context: grpc.aio.ServicerContext[pb.GetDebugInfoRequest, pb.GetDebugInfoResponse],
+    ) -> pb.GetDebugInfoResponse:
+        """What a person who looks for a fault wants to know first."""
+        del request, context
+        return pb.GetDebugInfoResponse(debug_information=await debug_info(self._session))
+
+    async def AttachUsbToContainer(
+        self,
+        request: pb.AttachUsbToContainerRequest,
+        context: grpc.aio.ServicerContext[
+            pb.AttachUsbToContainerRequest, pb.AttachUsbToContainerResponse
+        ],
+    ) -> pb.AttachUsbToContainerResponse:
+        """Gives a container the USB device at a port."""
+        del context
+        name = request.container_name
+        statuses = pb.AttachUsbToContainerResponse
+        what = f"attach the USB device at port {request.port_num} to"
+        try:
+            if name_problem(name) or await self._session.instance(name) is None:
+                return statuses(
+                    status=statuses.NO_SUCH_CONTAINER,
+                    failure_reason=_cannot(what, name, "there is no such container"),
+                )
+            await attach_usb(self._session, name, request.port_num)
+        except (DeviceError, LxdError) as error:
+            return statuses(
+                status=statuses.FAILED, failure_reason=_cannot(what, name, one_line(error))
+            )
+        return statuses(status=statuses.OK)
+
+    async def DetachUsbFromContainer(
+        self,
+        request: pb.DetachUsbFromContainerRequest,
+        context: grpc.aio.ServicerContext[
+            pb.DetachUsbFromContainerRequest, pb.DetachUsbFromContainerResponse
+        ],
+    ) -> pb.DetachUsbFromContainerResponse:
+        """Takes the USB device at a port away from the container that has it."""
+        del context
+        statuses = pb.DetachUsbFromContainerResponse
+        try:
+            await detach_usb(self._session, request.port_num)
+        except (DeviceError, LxdError) as error:
+            return statuses(
+                status=statuses.FAILED,
+                failure_reason=f"cannot detach the USB device at port {request.port_num}: "
+                f"{one_line(error)}",
+            )
+        return statuses(status=statuses.OK)
+
+    async def UpdateContainerDevices(
+        self,
+        request: pb.UpdateContainerDevicesRequest,
+        context: grpc.aio.ServicerContext[
+            pb.UpdateContainerDevicesRequest, pb.UpdateContainerDevicesResponse
+        ],
+    ) -> pb.UpdateContainerDevicesResponse:
+        """Gives a container devices of the VM, or takes them away."""
+        del context
+        name = request.container_name
+        statuses = pb.UpdateContainerDevicesResponse
+        what = "update the devices of"
+        try:
+            if name_problem(name) or await self._session.instance(name) is None:
+                return statuses(
+                    status=statuses.NO_SUCH_CONTAINER,
+                    failure_reason=_cannot(what, name, "there is no such container"),
+                )
+            results = await update_devices(self._session, name, dict(request.updates))
+        except LxdError as error:
+            return statuses(
+                status=statuses.FAILED, failure_reason=_cannot(what, name, one_line(error))
+            )
+        return statuses(status=statuses.OK, results=results)
 
     def _begin(
         self,

@@ -10,6 +10,7 @@ import shlex
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin import markers
 from agent.tremplin.container_files import ContainerFiles
+from agent.tremplin.devices import PREFIX, replace_devices
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.operation import Operation, OperationError, Outcome
 from agent.tremplin.remove import is_busy, token_path
@@ -102,6 +103,8 @@ class Start(Operation):
                 "required": "false",
             }
         }
+        if self.request.disable_audio_capture:
+            await replace_devices(self.session, self.container, f"{PREFIX}microphone-", {})
         changes = {
             "config": {k: v for k, v in wanted_config.items() if instance["config"].get(k) != v},
             "devices": {k: v for k, v in wanted_devices.items() if instance["devices"].get(k) != v},

@@ -86,6 +86,7 @@ class Host:
         status: int | None = None,
         not_status: int | None = None,
         after: int = 0,
+        condition: Callable[[Report], bool] = lambda _: True,
         seconds: float = _SECONDS,
     ) -> Report:
         """The first report of that kind; after: how many reports to pass over."""
@@ -98,6 +99,7 @@ class Host:
                     and (not container or message.container_name == container)
                     and (status is None or message.status == status)
                     and (not_status is None or message.status != not_status)
+                    and condition(report)
                 ):
                     return report
             return None

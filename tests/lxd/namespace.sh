@@ -91,6 +91,15 @@ inner() {
     mkfs.btrfs -q -f "$dir/data.img"
     mkdir -p "$dir/stateful"
     mount -o loop,user_subvol_rm_allowed "$dir/data.img" "$dir/stateful"
+    # A /dev of its own, so that tests can add to it.
+    mkdir /run/dev
+    mount -t tmpfs -o mode=755 tmpfs /run/dev
+    find /dev -mindepth 1 -maxdepth 1 ! -type d ! -type s -exec cp -a {} /run/dev/ \;
+    cp -a /dev/net /run/dev/
+    mkdir -m 1777 /run/dev/shm
+    mkdir /run/dev/pts
+    mount --rbind /dev/pts /run/dev/pts
+    mount --move /run/dev /dev
     mount --make-rshared /
     # The init of the namespace: bash reaps what is left to it while it waits for its stdin to end.
     echo ready
