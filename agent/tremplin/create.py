@@ -32,9 +32,6 @@ _log = logging.getLogger(__name__)
 
 _TICK_SECONDS = 1.0
 """While a download runs the host hears of it at least so often."""
-_ABORT_SECONDS = 300.0
-"""What LXD has to end an operation that cannot be cancelled: an image being unpacked."""
-_RUNNING = 103
 _PROGRESS = re.compile(r"(metadata|rootfs)[^:]*: (\d+)%")
 _FILE_IMPORT = "tremplin-import"
 """The property of images that came from files: they go when the container is there."""
@@ -147,17 +144,10 @@ class Create(Operation):
 
     async def _operation_of(self, name: str) -> LxdOperation | None:
         # LXD goes on with what a tremplin asked for that has since been killed.
-        for found in await self._operations():
-            if found["status_code"] == _RUNNING and f"/1.0/instances/{name}" in _resources(found):
-                with contextlib.suppress(LxdNotFoundError):
-                    return await self.session.lxd_operations.follow(
-                        found, on_change=self._on_change, check=True
-                    )
-        return None
-
-    async def _operations(self) -> list[dict[str, Any]]:
-        groups = await self.session.lxd.get("operations", params={"recursion": "1"})
-        return [found for group in groups.values() for found in group]
+        found = await self.session.lxd_operations.under_way(
+            lambda other: other == name, on_change=self._on_change
+        )
+        return found[0] if found else None
 
     def _taken(self) -> set[str]:
         return {
@@ -174,11 +164,10 @@ class Create(Operation):
 
     async def _remove_left_overs(self, *, also_mine: bool) -> None:
         kept = self._taken() if also_mine else self._taken() | {self._name}
-        for found in await self._operations():
-            names = {path.rpartition("/")[2] for path in _resources(found)}
-            if any(is_in_progress(name) and name not in kept for name in names):
-                with contextlib.suppress(LxdNotFoundError):
-                    await _abort(await self.session.lxd_operations.follow(found, check=True))
+        for operation in await self.session.lxd_operations.under_way(
+            lambda name: is_in_progress(name) and name not in kept
+        ):
+            await operation.abort()
         for instance in await self.session.lxd.get("instances", params={"recursion": "1"}):
             if is_in_progress(instance["name"]) and instance["name"] not in kept:
                 await remove_container(self.session, instance["name"])
@@ -209,7 +198,7 @@ class Create(Operation):
             await ending
         except (asyncio.CancelledError, OperationTimedOutError):
             ending.cancel()
-            await _abort(operation)
+            await operation.abort()
             raise
         finally:
             self._downloading = False
@@ -223,7 +212,7 @@ class Create(Operation):
             try:
                 await operation.wait()
             except asyncio.CancelledError:
-                await _abort(operation)
+                await operation.abort()
                 raise
         finally:
             await remove_imported_images(self.session, fingerprint)
@@ -391,21 +380,6 @@ def _fingerprint(source: FromFiles) -> str:
             while chunk := file.read(1024 * 1024):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-async def _abort(operation: LxdOperation) -> None:
-    try:
-        await operation.cancel()
-    except LxdError as error:
-        _log.info("waiting for LXD to end what cannot be cancelled: %s", error)
-    with contextlib.suppress(LxdError, TimeoutError):
-        async with asyncio.timeout(_ABORT_SECONDS):
-            await operation.wait()
-
-
-def _resources(operation: dict[str, Any]) -> list[str]:
-    resources = operation.get("resources") or {}
-    return [path for paths in resources.values() for path in paths or ()]
 
 
 def _bytes_in(directory: str) -> int:

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin.lxd_client import LxdError
-from agent.tremplin.names import is_in_progress
+from agent.tremplin.names import is_reserved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -45,13 +45,13 @@ class Lifecycle:
         up = {found["name"] for found in instances if found["status"] != "Stopped"}
         for name in self.up - up:
             self._is_down(name)
-        self.up = {name for name in up if not is_in_progress(name)}
+        self.up = {name for name in up if not is_reserved(name)}
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Takes an event of type lifecycle; event: its metadata."""
         action = event.get("action")
         name = unquote(urlsplit(str(event.get("source", ""))).path.rpartition("/")[2])
-        if is_in_progress(name):
+        if is_reserved(name):
             return
         if action in _UP:
             check = self._checks.pop(name, None)

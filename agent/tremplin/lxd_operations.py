@@ -5,6 +5,8 @@ Our own long operations, which report to the host, are in operation.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 from collections import OrderedDict
 
 from agent.tremplin.lxd_client import LxdClient, LxdError, LxdGoneError, LxdNotFoundError
@@ -14,7 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-_SUCCESS, _FAILURE, _CANCELLED = 200, 400, 401
+_log = logging.getLogger(__name__)
+
+_PENDING, _RUNNING, _SUCCESS, _FAILURE, _CANCELLED = 105, 103, 200, 400, 401
+_ABORT_SECONDS = 300.0
+"""What LXD has to end an operation that cannot be cancelled: an image being unpacked."""
 _REMEMBERED = 256
 """Ended operations nobody asked about yet: an event may overtake the answer that names its id."""
 
@@ -83,6 +89,16 @@ class LxdOperation:
             self.cancelled = False
             raise
 
+    async def abort(self) -> None:
+        """Returns when it has ended: cancelled, if LXD can, or by itself."""
+        try:
+            await self.cancel()
+        except LxdError as error:
+            _log.info("waiting for LXD to end what cannot be cancelled: %s", error)
+        with contextlib.suppress(LxdError, TimeoutError):
+            async with asyncio.timeout(_ABORT_SECONDS):
+                await self.wait()
+
 
 class LxdOperations:
     """Every operation that somebody waits for."""
@@ -144,7 +160,16 @@ class LxdOperations:
         on_change: is given the operation's state whenever it changes without having ended.
         Raises LxdError.
         """
-        answer = await self._client.request(method, *path, json=json, params=params)
+        request = asyncio.ensure_future(
+            self._client.request(method, *path, json=json, params=params)
+        )
+        try:
+            answer = await asyncio.shield(request)
+        except asyncio.CancelledError:
+            # LXD has the request by now, and begins what nobody wants any more.
+            with contextlib.suppress(LxdError):
+                await (await self.follow(await request, check=True)).abort()
+            raise
         return await self.follow(answer, on_change=on_change)
 
     async def follow(
@@ -168,6 +193,26 @@ class LxdOperations:
             await self._refresh(operation)
         return operation
 
+    async def under_way(
+        self,
+        concerns: Callable[[str], bool],
+        *,
+        on_change: Callable[[dict[str, Any]], None] | None = None,
+    ) -> list[LxdOperation]:
+        """The operations on instances that LXD has in hand, whoever asked for them.
+
+        concerns: whether an operation on the instance of that name is wanted. Raises LxdError.
+        """
+        groups = await self._client.get("operations", params={"recursion": "1"})
+        wanted = [
+            found
+            for group in groups.values()
+            for found in group
+            if found["status_code"] in {_PENDING, _RUNNING}
+            and any(concerns(name) for name in _instances(found))
+        ]
+        return [await self.follow(found, on_change=on_change, check=True) for found in wanted]
+
     async def run(
         self,
         method: str,
@@ -183,3 +228,8 @@ class LxdOperations:
         operation = await self.start(method, *path, json=json, params=params)
         async with asyncio.timeout(timeout):
             return await operation.wait()
+
+
+def _instances(operation: dict[str, Any]) -> set[str]:
+    paths = (operation.get("resources") or {}).get("instances") or ()
+    return {path.rpartition("/")[2] for path in paths}

@@ -7,6 +7,13 @@ import re
 IN_PROGRESS = "crostini-inprogress-create"
 """The name of a container until it is whole; others at the same time have a number after it."""
 
+IMPORTING = "crostini-inprogress-import"
+"""The name of a container that is being imported."""
+
+REPLACED = "crostini-inprogress-replaced"
+"""The name of a container whose place an imported one is about to take."""
+
+_RESERVED = "crostini-inprogress-"
 _NAME = re.compile(r"[A-Za-z]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 
@@ -18,7 +25,7 @@ def name_problem(name: str) -> str:
     """
     if not name:
         return "a container needs a name"
-    if is_in_progress(name):
+    if is_reserved(name):
         return "the name is kept for containers that are being made"
     if _NAME.fullmatch(name) is None:
         return (
@@ -28,6 +35,11 @@ def name_problem(name: str) -> str:
     return ""
 
 
+def is_reserved(name: str) -> bool:
+    """Whether name is one that containers have only for a while."""
+    return name.startswith(_RESERVED)
+
+
 def is_in_progress(name: str) -> bool:
-    """Whether name is that of a container that is being made."""
+    """Whether name is that of a container that is being created."""
     return name.startswith(IN_PROGRESS)

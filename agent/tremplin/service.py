@@ -12,6 +12,7 @@ from agent.grpc_endpoint import HostChannel, listen, prepare_run_dir
 from agent.pb import tremplin_pb2 as pb
 from agent.pb.tremplin_pb2_grpc import add_TremplinServicer_to_server
 from agent.tremplin.create import remove_imported_images
+from agent.tremplin.imports import put_right
 from agent.tremplin.lxd_client import LxdClient, LxdError
 from agent.tremplin.lxd_events import EventStream
 from agent.tremplin.lxd_setup import set_up_lxd
@@ -53,7 +54,7 @@ async def serve(options: Options) -> None:
     session = Session(settings, client, reporter)
     events = asyncio.create_task(_follow(session))
     server = grpc.aio.server()
-    add_TremplinServicer_to_server(Servicer(session), server)  # type: ignore[abstract]  # the rest is UNIMPLEMENTED
+    add_TremplinServicer_to_server(Servicer(session), server)
     try:
         await _ready(session, stopping)
         listener = None
@@ -152,6 +153,8 @@ async def _ready(session: Session, stopping: asyncio.Future[signal.Signals]) -> 
 async def _tidy(session: Session) -> None:
     try:
         await remove_imported_images(session)
+        if not session.import_lock.locked():
+            await put_right(session)
     except LxdError as error:
         _log.warning("cannot remove left-over images: %s", error)
 

@@ -15,6 +15,8 @@ from agent.tremplin.accounts import AccountError, without_name
 from agent.tremplin.create import Create, image_source, source_problem
 from agent.tremplin.debug_info import debug_info
 from agent.tremplin.devices import DeviceError, attach_usb, detach_usb, update_devices
+from agent.tremplin.export import Export, export_problem
+from agent.tremplin.imports import Import, import_problem
 from agent.tremplin.info import container_info
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.name_server import forget_names
@@ -412,6 +414,75 @@ class Servicer(TremplinServicer):
             )
         return statuses(status=statuses.OK, results=results)
 
+    async def ExportContainer(
+        self,
+        request: pb.ExportContainerRequest,
+        context: grpc.aio.ServicerContext[pb.ExportContainerRequest, pb.ExportContainerResponse],
+    ) -> pb.ExportContainerResponse:
+        """Begins to write a container to a file."""
+        name = request.container_name
+        statuses = pb.ExportContainerResponse
+        problem = name_problem(name) or await asyncio.to_thread(export_problem, request.export_path)
+        try:
+            if not problem and await self._session.instance(name) is None:
+                problem = "there is no such container"
+        except LxdError as error:
+            problem = one_line(error)
+        if not problem and self._session.operation(Export, name):
+            problem = "it is being exported already"
+        if problem:
+            return statuses(status=statuses.FAILED, failure_reason=_cannot("export", name, problem))
+        self._begin(Export, request, context)
+        return statuses(status=statuses.EXPORTING)
+
+    async def CancelExportContainer(
+        self,
+        request: pb.CancelExportContainerRequest,
+        context: grpc.aio.ServicerContext[
+            pb.CancelExportContainerRequest, pb.CancelExportContainerResponse
+        ],
+    ) -> pb.CancelExportContainerResponse:
+        """Gives up an export; its end is reported as CANCELLED."""
+        del context
+        statuses = pb.CancelExportContainerResponse
+        operation = self._session.operation(Export, request.in_progress_container_name)
+        if operation is None:
+            return statuses(status=statuses.OPERATION_NOT_FOUND)
+        operation.cancel()
+        return statuses(status=statuses.CANCEL_QUEUED)
+
+    async def ImportContainer(
+        self,
+        request: pb.ImportContainerRequest,
+        context: grpc.aio.ServicerContext[pb.ImportContainerRequest, pb.ImportContainerResponse],
+    ) -> pb.ImportContainerResponse:
+        """Begins to make a container from an exported file."""
+        name = request.container_name
+        statuses = pb.ImportContainerResponse
+        problem = name_problem(name) or await asyncio.to_thread(import_problem, request.import_path)
+        if not problem and self._session.operation(Import, name):
+            problem = "it is being imported already"
+        if problem:
+            return statuses(status=statuses.FAILED, failure_reason=_cannot("import", name, problem))
+        self._begin(Import, request, context)
+        return statuses(status=statuses.IMPORTING)
+
+    async def CancelImportContainer(
+        self,
+        request: pb.CancelImportContainerRequest,
+        context: grpc.aio.ServicerContext[
+            pb.CancelImportContainerRequest, pb.CancelImportContainerResponse
+        ],
+    ) -> pb.CancelImportContainerResponse:
+        """Gives up an import; its end is reported as CANCELLED."""
+        del context
+        statuses = pb.CancelImportContainerResponse
+        operation = self._session.operation(Import, request.in_progress_container_name)
+        if operation is None:
+            return statuses(status=statuses.OPERATION_NOT_FOUND)
+        operation.cancel()
+        return statuses(status=statuses.CANCEL_QUEUED)
+
     def _begin(
         self,
         kind: type[OperationT],
@@ -437,6 +508,8 @@ def resume(session: Session) -> None:
     kinds: dict[str, tuple[type[Operation], type[Message]]] = {
         Create.method: (Create, pb.CreateContainerRequest),
         Delete.method: (Delete, pb.DeleteContainerRequest),
+        Export.method: (Export, pb.ExportContainerRequest),
+        Import.method: (Import, pb.ImportContainerRequest),
         Start.method: (Start, pb.StartContainerRequest),
         Stop.method: (Stop, pb.StopContainerRequest),
     }

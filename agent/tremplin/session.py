@@ -59,6 +59,7 @@ class Session:
         self.lxd = client
         self.lxd_operations = LxdOperations(client)
         self.reporter = reporter
+        self.import_lock = asyncio.Lock()
         self.lxd_is_up = asyncio.Event()
         """Set while LXD's events flow."""
         self.lifecycle = Lifecycle(self)

@@ -1,0 +1,162 @@
+"""ExportContainer: LXD packs a container, running or not, from a snapshot, and the pack goes to a
+file of the VM, which has its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import threading
+
+from agent.pb import tremplin_pb2 as pb
+from agent.tremplin.lxd_client import LxdNotFoundError
+from agent.tremplin.operation import Operation, OperationError, Outcome
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_BACKUP = "tremplin-export"
+_CHUNK = 256 * 1024
+_TICK_SECONDS = 0.5
+# Every LXD and every host can read gzip; a better ratio would take several times as long.
+_COMPRESSION = "gzip -1"
+_ROOM = 16 * 1024 * 1024
+"""Bytes to leave free beside an export."""
+
+
+class Export(Operation):
+    """Writes a container to a file."""
+
+    verb = "export"
+    method = "ExportContainer"
+
+    def __init__(self, session: Any, request: pb.ExportContainerRequest) -> None:
+        """request: checked."""
+        super().__init__(session, request)
+        self._written = 0
+        self._total = 0
+        self._stop = threading.Event()
+
+    @property
+    def _partial(self) -> str:
+        return f"{self.request.export_path}.partial"
+
+    async def work(self) -> None:
+        """See Operation."""
+        self._report(pb.ContainerExportProgress.EXPORTING_PACK)
+        await self._remove_backup()
+        operation = await self.session.lxd_operations.start(
+            "post",
+            "instances",
+            self.container,
+            "backups",
+            json={
+                "name": _BACKUP,
+                "instance_only": True,
+                "optimized_storage": False,
+                "compression_algorithm": _COMPRESSION,
+            },
+        )
+        ending = asyncio.ensure_future(operation.wait())
+        try:
+            while not (await asyncio.wait([ending], timeout=_TICK_SECONDS))[0]:
+                self._report(pb.ContainerExportProgress.EXPORTING_PACK)
+            await ending
+        except asyncio.CancelledError:
+            # LXD cannot stop packing; what it makes is removed when it is there.
+            await asyncio.wait([ending])
+            raise
+        await self._download()
+        await self._remove_backup()
+
+    async def _download(self) -> None:
+        writing = asyncio.ensure_future(self.session.lxd.in_thread(self._write))
+        try:
+            while not (await asyncio.wait([writing], timeout=_TICK_SECONDS))[0]:
+                self._report(pb.ContainerExportProgress.EXPORTING_DOWNLOAD)
+            await writing
+        except asyncio.CancelledError:
+            self._stop.set()
+            await asyncio.wait([writing])
+            raise
+        self._report(pb.ContainerExportProgress.EXPORTING_DOWNLOAD)
+
+    def _write(self) -> None:
+        path = ("instances", self.container, "backups", _BACKUP, "export")
+        answer = self.session.lxd.call("get", path, is_api=False, stream=True)
+        with contextlib.closing(answer):
+            self._total = int(answer.headers.get("Content-Length", 0))
+            directory = os.path.dirname(self.request.export_path)
+            found = os.statvfs(directory)
+            free = found.f_bavail * found.f_frsize
+            if free < self._total + _ROOM:
+                raise OperationError(
+                    f"it takes {self._total} bytes, and {directory} has {free} free"
+                )
+            with open(self._partial, "wb") as file:
+                for chunk in answer.iter_content(_CHUNK):
+                    if self._stop.is_set():
+                        return
+                    file.write(chunk)
+                    self._written += len(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+        if self._written != self._total:
+            raise OperationError("LXD sent less than it promised")
+        os.replace(self._partial, self.request.export_path)
+
+    async def clean_up(self) -> None:
+        """See Operation."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._partial)
+        await self._remove_backup()
+
+    async def _remove_backup(self) -> None:
+        with contextlib.suppress(LxdNotFoundError):
+            await self.session.lxd_operations.run(
+                "delete", "instances", self.container, "backups", _BACKUP
+            )
+
+    def report_end(self, outcome: Outcome, reason: str) -> None:
+        """See Operation."""
+        status = {
+            Outcome.DONE: pb.ContainerExportProgress.DONE,
+            Outcome.CANCELLED: pb.ContainerExportProgress.CANCELLED,
+        }.get(outcome, pb.ContainerExportProgress.FAILED)
+        self._report(status, reason=reason, final=True)
+
+    def _report(
+        self,
+        status: pb.ContainerExportProgress.Status.ValueType,
+        *,
+        reason: str = "",
+        final: bool = False,
+    ) -> None:
+        percent = 100 * self._written // self._total if self._total else 0
+        self.report(
+            "UpdateExportStatus",
+            pb.ContainerExportProgress(
+                container_name=self.container,
+                status=status,
+                progress_percent=percent,
+                failure_reason=reason,
+                bytes_exported=self._written,
+            ),
+            final=final,
+        )
+
+
+def export_problem(path: str) -> str:
+    """Why nothing can be exported to path, or ""; blocks."""
+    if not os.path.isabs(path):
+        return "export_path is not an absolute path"
+    if os.path.isdir(path):
+        return f"{path} is a directory"
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        return f"there is no directory {directory}"
+    if not os.access(directory, os.W_OK):
+        return f"cannot write in {directory}"
+    return ""
