@@ -1,0 +1,197 @@
+"""What of maitred only a VM shows: vsock and who gets in, the clock, the kernel's log, real disks,
+and the remote shell over vsock. One VM without containers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from agent.pb import common_pb2, vm_guest_pb2, vm_host_pb2, vsh_pb2
+from host import shell
+from host.build_files import GuestImage
+from host.commands import run_in_guest
+from host.image_server import ImageServer
+from host.vm import Vm
+from tests.vm.vms import boot, new_vm
+
+pytestmark = pytest.mark.timeout(240)
+
+EMPTY = common_pb2.EmptyMessage()
+Response = vm_guest_pb2.StartTerminaResponse
+
+_KNOCK = """
+import fcntl, socket, struct
+with open("/dev/vsock", "rb") as device:
+    (own,) = struct.unpack("I", fcntl.ioctl(device, 0x7B9, bytes(4)))
+for port in (8888, 9001):
+    for cid in (1, own):
+        peer = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        peer.settimeout(10)
+        try:
+            peer.connect((cid, port))
+            peer.send(b"PRI * HTTP/2.0")
+            answer = peer.recv(100)
+        except OSError:
+            answer = b""
+        print(cid, port, answer)
+"""
+
+
+@pytest.fixture(scope="module")
+def vm(
+    runner: asyncio.Runner,
+    image: GuestImage,
+    image_server: ImageServer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Vm]:
+    """A VM that has just said VmReady."""
+    directory = tmp_path_factory.mktemp("maitred")
+    stack = contextlib.AsyncExitStack()
+
+    async def start() -> Vm:
+        test_vm = await stack.enter_async_context(new_vm(image, directory, image_server))
+        await boot(test_vm.vm)
+        return test_vm.vm
+
+    try:
+        yield runner.run(start())
+    finally:
+        runner.run(stack.aclose())
+
+
+def test_the_kernel_and_programs_log_to_the_host(vm: Vm, runner: asyncio.Runner) -> None:
+    """Both arrive, with their severities and times of today."""
+
+    async def scenario() -> None:
+        async with asyncio.timeout(90):
+            while not any(b"Linux version" in record.content for record in vm.recorder.logs):
+                await asyncio.sleep(0.1)
+        await run_in_guest(vm, ["logger", "-p", "daemon.warning", "-t", "test", "hello host"])
+        async with asyncio.timeout(60):
+            while not any(record.content == b"test: hello host" for record in vm.recorder.logs):
+                await asyncio.sleep(0.1)
+
+    runner.run(scenario())
+    (hello,) = [record for record in vm.recorder.logs if record.content == b"test: hello host"]
+    assert hello.severity == vm_host_pb2.WARNING
+    assert abs(hello.timestamp.seconds - time.time()) < 300
+    banner = next(one for one in vm.recorder.logs if b"Linux version" in one.content)
+    assert banner.severity == vm_host_pb2.NOTICE
+    assert abs(banner.timestamp.seconds - time.time()) < 300
+
+
+def test_nobody_in_the_vm_gets_in_over_vsock(vm: Vm, runner: asyncio.Runner) -> None:
+    """Neither maitred nor the shell answers a process of the VM, whichever CID it calls."""
+    done = runner.run(run_in_guest(vm, ["python3", "-I", "-c", _KNOCK], timeout=90))
+    answers = [line.split(None, 2)[2] for line in done.output.splitlines()]
+    assert answers == ["b''"] * 4, done.output
+    assert "refused a connection to vsock:8888 from CID" in vm.console.text
+
+
+def test_the_clock_is_set(vm: Vm, runner: asyncio.Runner) -> None:
+    """To the nanosecond; and not to the epoch."""
+
+    async def scenario() -> None:
+        then = int(time.time()) + 3 * 86_400
+        request = vm_guest_pb2.SetTimeRequest(time=Timestamp(seconds=then, nanos=5))
+        await vm.maitred.SetTime(request)
+        done = await run_in_guest(vm, ["date", "+%s"])
+        assert 0 <= int(done.output) - then < 120
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await vm.maitred.SetTime(vm_guest_pb2.SetTimeRequest(time=Timestamp(seconds=60)))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        now = vm_guest_pb2.SetTimeRequest(time=Timestamp(seconds=int(time.time())))
+        await vm.maitred.SetTime(now)
+
+    runner.run(scenario())
+
+
+def test_users_and_timezone_work_on_a_read_only_root(vm: Vm, runner: asyncio.Runner) -> None:
+    """/etc and /home are writable layers there."""
+
+    async def scenario() -> None:
+        request = vm_guest_pb2.SetUpUserRequest(username="tux", uid=1000, group_names=["audio"])
+        answer = await vm.maitred.SetUpUser(request)
+        assert (answer.success, answer.failure_reason) == (True, "")
+        done = await run_in_guest(vm, ["id", "tux"])
+        assert done.output.startswith("uid=1000(tux)")
+        for use_bind_mount in (True, False):
+            zone = vm_guest_pb2.SetTimezoneRequest(
+                timezone_name="Asia/Tokyo", use_bind_mount=use_bind_mount
+            )
+            await vm.maitred.SetTimezone(zone)
+            assert (await run_in_guest(vm, ["date", "+%Z"])).output.strip() == "JST"
+        await vm.maitred.SetTimezone(vm_guest_pb2.SetTimezoneRequest())
+
+    runner.run(scenario())
+
+
+def test_disks_are_taken_for_what_they_are(vm: Vm, runner: asyncio.Runner) -> None:
+    """A disk with another filesystem is refused, one that is missing named, a blank one used."""
+
+    async def start(device: str) -> Any:
+        request = vm_guest_pb2.StartTerminaRequest(
+            lxd_ipv4_subnet="100.115.92.1/24", stateful_device=device
+        )
+        return await vm.maitred.StartTermina(request, timeout=150)
+
+    async def scenario() -> None:
+        refused = await start("/dev/vdb")
+        assert refused.status == Response.FAILED
+        assert "/dev/vdb holds ext4" in refused.failure_reason
+        missing = await start("/dev/vdy")
+        assert "there is no device /dev/vdy" in missing.failure_reason
+        used = await start("/dev/vdc")
+        assert (used.status, used.failure_reason) == (Response.SUCCESS, "")
+        assert used.free_bytes > 1 << 30
+        space = await vm.maitred.GetAvailableSpace(EMPTY)
+        assert space.available_space > 1 << 30
+
+    runner.run(scenario())
+
+
+def test_a_remote_shell_over_vsock(vm: Vm, runner: asyncio.Runner) -> None:
+    """A terminal with its size, streams apart without one, and exit codes."""
+
+    async def open_session(*argv: str, pty: bool) -> shell.Session:
+        request = vsh_pb2.SetupConnectionRequest(
+            target="vm", argv=argv, nopty=not pty, window_rows=33, window_cols=99
+        )
+        return await shell.open_session(await vm.vsock.connect(shell.PORT), request)
+
+    async def result(session: shell.Session) -> tuple[int, bytes, bytes]:
+        outputs = {1: b"", 2: b""}
+        async for item in session.output():
+            if isinstance(item, int):
+                await session.close()
+                return item, outputs[1], outputs[2]
+            outputs[item[0]] += item[1]
+        raise AssertionError("no exit code")
+
+    async def scenario() -> None:
+        async with asyncio.timeout(120):
+            session = await open_session("sh", "-c", "tty; stty size; exit 4", pty=True)
+            code, out, _ = await result(session)
+            assert code == 4
+            assert out.startswith(b"/dev/pts/")
+            assert b"33 99" in out
+            session = await open_session("sh", "-c", "cat; echo err >&2", pty=False)
+            await session.send_input(b"x" * 500_000)
+            await session.send_input(b"")
+            assert await result(session) == (0, b"x" * 500_000, b"err\n")
+            # The host goes away in the middle.
+            session = await open_session("sleep", "4711", pty=False)
+            await session.close()
+            while "4711" in (await run_in_guest(vm, ["ps", "-e", "-o", "args"])).output:
+                await asyncio.sleep(0.2)
+
+    runner.run(scenario())
