@@ -1,0 +1,303 @@
+"""maitred's calls, its log forwarder and its remote shell, beside the least that could do it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from agent.pb import vm_guest_pb2, vm_guest_pb2_grpc, vm_host_pb2, vm_host_pb2_grpc, vsh_pb2
+from benchmarks.figures import Figure
+from host import shell
+from host.build_files import BUILD_DIR, GuestImage
+from host.commands import run_in_guest
+from host.vm import Vm as EmulatedVm
+from tests.namespace.vm_in_namespaces import EMPTY, ROOT, Vm
+
+_CALLS = 2000
+_LAUNCHES = 200
+_LINES = 50_000
+_SHELL_BYTES = 64 << 20
+_VM_CALLS = 300
+_VM_BYTES = 8 << 20
+_ECHO_PORT = 5555
+
+_BARE_SERVER = """
+import asyncio, os, sys
+import grpc.aio
+from agent.pb import vm_guest_pb2, vm_guest_pb2_grpc
+
+class Bare(vm_guest_pb2_grpc.MaitredServicer):
+    async def GetKernelVersion(self, request, context):
+        kernel = os.uname()
+        return vm_guest_pb2.GetKernelVersionResponse(
+            kernel_release=kernel.release, kernel_version=kernel.version
+        )
+
+async def main():
+    server = grpc.aio.server()
+    vm_guest_pb2_grpc.MaitredServicer.__abstractmethods__ = frozenset()
+    vm_guest_pb2_grpc.add_MaitredServicer_to_server(Bare(), server)
+    server.add_insecure_port("unix:" + sys.argv[1])
+    await server.start()
+    await server.wait_for_termination()
+
+asyncio.run(main())
+"""
+
+_ECHO = f"""
+import socket
+server = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+server.bind((socket.VMADDR_CID_ANY, {_ECHO_PORT}))
+server.listen()
+while True:
+    peer, _ = server.accept()
+    while data := peer.recv(65536):
+        peer.sendall(data)
+    peer.close()
+"""
+
+
+def run() -> Iterator[Figure]:
+    """The figures, those of namespaces first, then those of an emulated VM."""
+    with tempfile.TemporaryDirectory(prefix="termina-bench-") as directory:
+        yield from asyncio.run(_in_namespaces(Path(directory)))
+    yield from asyncio.run(_in_vm())
+
+
+async def _p50(call: Callable[[], Awaitable[Any]], count: int) -> float:
+    """Median of the milliseconds that a call takes, after a tenth of them to warm up."""
+    times = []
+    for number in range(count + count // 10):
+        started = time.perf_counter()
+        await call()
+        if number >= count // 10:
+            times.append(time.perf_counter() - started)
+    return statistics.median(times) * 1000
+
+
+async def _alternating_p50(
+    ours: Callable[[], Awaitable[Any]], theirs: Callable[[], Awaitable[Any]], count: int
+) -> tuple[float, float]:
+    """Medians of both, measured in turns, so that whatever else the machine does hits both."""
+    turns = [(await _p50(ours, count // 10), await _p50(theirs, count // 10)) for _ in range(10)]
+    return statistics.median(one for one, _ in turns), statistics.median(one for _, one in turns)
+
+
+# ---- in namespaces of this machine --------------------------------------------------------------
+
+
+class _Collector(vm_host_pb2_grpc.LogCollectorServicer):
+    def __init__(self) -> None:
+        self.count = 0
+        self.all = asyncio.Event()
+
+    async def CollectUserLogs(self, request: vm_host_pb2.LogRequest, _context: object) -> Any:  # noqa: N802
+        """From the guest."""
+        self.count += len(request.records)
+        if self.count >= _LINES:
+            self.all.set()
+        return EMPTY
+
+    async def CollectKernelLogs(self, _request: vm_host_pb2.LogRequest, _context: object) -> Any:  # noqa: N802
+        """From the guest."""
+        return EMPTY
+
+
+async def _in_namespaces(directory: Path) -> list[Figure]:
+    options = [f"maitred.log_collector=unix:{directory}/logs", f"maitred.syslog={directory}/log"]
+    async with Vm(directory, options=options) as vm:
+        return [
+            await _null_call(vm),
+            await _launch(vm),
+            await _logs(vm),
+            await _shell(vm),
+        ]
+
+
+async def _null_call(vm: Vm) -> Figure:
+    path = vm.directory / "bare.sock"
+    bare = subprocess.Popen([sys.executable, "-c", _BARE_SERVER, str(path)], cwd=ROOT)  # noqa: ASYNC220
+    try:
+        async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
+            await channel.channel_ready()
+            stub = vm_guest_pb2_grpc.MaitredStub(channel)
+            ours, theirs = await _alternating_p50(
+                lambda: vm.maitred.GetKernelVersion(EMPTY),
+                lambda: stub.GetKernelVersion(EMPTY),
+                _CALLS,
+            )
+    finally:
+        bare.kill()
+        bare.wait()
+    return Figure(
+        "null call, p50",
+        {"maitred": ours, "bare grpc.aio server": theirs},
+        "ms",
+        "≤ 1.2 ×",
+        ours <= 1.2 * theirs,
+    )
+
+
+async def _launch(vm: Vm) -> Figure:
+    request = vm_guest_pb2.LaunchProcessRequest(argv=["/bin/true"], wait_for_exit=True)
+
+    async def bare() -> None:
+        process = await asyncio.create_subprocess_exec("/bin/true")
+        await process.wait()
+
+    ours, theirs = await _alternating_p50(
+        lambda: vm.maitred.LaunchProcess(request), bare, _LAUNCHES
+    )
+    return Figure(
+        "LaunchProcess, wait_for_exit, /bin/true, p50",
+        {"maitred": ours, "asyncio subprocess": theirs},
+        "ms",
+    )
+
+
+async def _logs(vm: Vm) -> Figure:
+    collector = _Collector()
+    server = grpc.aio.server()
+    vm_host_pb2_grpc.add_LogCollectorServicer_to_server(collector, server)
+    server.add_insecure_port(f"unix:{vm.directory}/logs")
+    await server.start()
+    path = str(vm.directory / "log")
+    while not os.path.exists(path):
+        await asyncio.sleep(0.05)
+
+    def burst(where: str) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
+            log.connect(where)
+            for number in range(_LINES):
+                log.send(b"<13>bench[1]: line number %d of a burst" % number)
+
+    started = time.perf_counter()
+    await asyncio.to_thread(burst, path)
+    async with asyncio.timeout(120):
+        await collector.all.wait()
+    ours = _LINES / (time.perf_counter() - started)
+    await server.stop(None)
+
+    # The peer only receives: a datagram socket that throws everything away.
+    sink = str(vm.directory / "sink")
+    program = (
+        "import socket, sys\n"
+        "s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
+        "s.bind(sys.argv[1])\n"
+        f"for _ in range({_LINES}): s.recv(65536)"
+    )
+    peer = subprocess.Popen([sys.executable, "-c", program, sink])  # noqa: ASYNC220
+    while not os.path.exists(sink):
+        await asyncio.sleep(0.05)
+    started = time.perf_counter()
+    await asyncio.to_thread(burst, sink)
+    await asyncio.to_thread(peer.wait)
+    theirs = _LINES / (time.perf_counter() - started)
+    return Figure(
+        "log lines, syslog socket to host",
+        {"maitred": ours / 1000, "only received": theirs / 1000},
+        "1000/s",
+    )
+
+
+async def _through(session: shell.Session, size: int) -> float:
+    """MB/s of size bytes to a program that sends them back."""
+
+    async def feed() -> None:
+        await session.send_input(bytes(size))
+        await session.send_input(b"")
+
+    started = time.perf_counter()
+    feeding = asyncio.create_task(feed())
+    async for _item in session.output():
+        pass
+    await feeding
+    await session.close()
+    return size / (time.perf_counter() - started) / 1e6
+
+
+async def _shell(vm: Vm) -> Figure:
+    path = vm.directory / "shell.sock"
+    while not path.exists():
+        await asyncio.sleep(0.05)
+    request = vsh_pb2.SetupConnectionRequest(argv=["cat"], nopty=True)
+    session = await shell.open_session(await asyncio.open_unix_connection(str(path)), request)
+    ours = await _through(session, _SHELL_BYTES)
+    return Figure("shell, host to guest to host", {"maitred": ours}, "MB/s")
+
+
+# ---- in an emulated VM --------------------------------------------------------------------------
+
+
+async def _in_vm() -> list[Figure]:
+    image = GuestImage.in_directory(BUILD_DIR / "image")
+    with tempfile.TemporaryDirectory(prefix="termina-bench-") as directory:
+        async with EmulatedVm(image, run_dir=Path(directory)) as vm:
+            await vm.boot()
+            await vm.ready(timeout=300)
+            echo = vm_guest_pb2.LaunchProcessRequest(argv=["python3", "-I", "-c", _ECHO])
+            await vm.maitred.LaunchProcess(echo)
+            await run_in_guest(vm, ["true"])
+            return [await _vm_null_call(vm), await _vm_shell(vm)]
+
+
+async def _echo_connection(
+    vm: EmulatedVm,
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                return await vm.vsock.connect(_ECHO_PORT)
+            except (OSError, EOFError):
+                await asyncio.sleep(0.2)
+
+
+async def _vm_null_call(vm: EmulatedVm) -> Figure:
+    reader, writer = await _echo_connection(vm)
+
+    async def echo() -> None:
+        writer.write(b"x" * 64)
+        await reader.readexactly(64)
+
+    ours, theirs = await _alternating_p50(
+        lambda: vm.maitred.GetKernelVersion(EMPTY), echo, _VM_CALLS
+    )
+    writer.close()
+    return Figure(
+        "null call over vsock, emulated VM, p50",
+        {"maitred": ours, "bare echo over vsock": theirs},
+        "ms",
+    )
+
+
+async def _vm_shell(vm: EmulatedVm) -> Figure:
+    request = vsh_pb2.SetupConnectionRequest(target="vm", argv=["cat"], nopty=True)
+    session = await shell.open_session(await vm.vsock.connect(shell.PORT), request)
+    ours = await _through(session, _VM_BYTES)
+
+    reader, writer = await _echo_connection(vm)
+
+    async def feed() -> None:
+        writer.write(bytes(_VM_BYTES))
+        await writer.drain()
+
+    started = time.perf_counter()
+    feeding = asyncio.create_task(feed())
+    await reader.readexactly(_VM_BYTES)
+    await feeding
+    theirs = _VM_BYTES / (time.perf_counter() - started) / 1e6
+    writer.close()
+    return Figure(
+        "shell over vsock, emulated VM", {"maitred": ours, "bare echo over vsock": theirs}, "MB/s"
+    )
