@@ -60,9 +60,9 @@ def _run_machine(words: list[str], state: int | None) -> int:
         machine.mount_kernel_filesystems()
     options = _machine_options(words)
     if state is None:
-        machine.make_writable()
+        machine.step("make directories writable", machine.make_writable)
         machine.share_mounts()
-        machine.set_limits()
+        machine.step("set limits", machine.set_limits)
         machine.set_hostname()
 
     def finish(killed: list[str]) -> None:
@@ -83,8 +83,9 @@ def _run_machine(words: list[str], state: int | None) -> int:
         supervisor.launch_maitred(_maitred_argv(options))
 
     def afterwards() -> None:
-        import agent.process_supervisor.power_off  # noqa: F401  # with what load_the_rest loads
+        import agent.process_supervisor.power_off  # noqa: F401  # see load_the_rest
 
+        supervisor.load_the_rest()
         if state is not None:
             return
         machine.apply_settings()

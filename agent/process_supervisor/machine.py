@@ -9,6 +9,7 @@ import os
 
 from agent import syscalls
 from agent.console import write_line
+from agent.process_supervisor.loop import report
 from agent.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_REC, MS_SHARED
 
 TYPE_CHECKING = False
@@ -70,6 +71,8 @@ def step(doing: str, call: Callable[..., object], *args: object) -> None:
     except OSError as error:
         name = f" {error.filename}" if error.filename else ""
         write_line("init", f"cannot {doing}{name}: {error.strerror}")
+    except Exception as error:  # noqa: BLE001  # the boot goes on whatever happens
+        report(error, doing)
 
 
 def is_own_machine() -> bool:

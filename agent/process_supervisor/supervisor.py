@@ -31,6 +31,9 @@ _REAPED_PER_TURN = 1000
 MAITRED = "maitred"
 """The name of maitred in the table."""
 
+_MAITRED_RETRY = 5.0
+"""Seconds until maitred is tried again when it cannot be executed."""
+
 _UPGRADE_CHECK = "upgrade-check"
 
 
@@ -107,26 +110,29 @@ class Supervisor:
 
     def launch_maitred(self, argv: list[str]) -> None:
         """Starts maitred: it comes back whenever it ends, however often."""
-        self._launch(
-            ProcessSpec(
-                argv,
-                name=MAITRED,
-                env=dict(os.environ),
-                respawn=True,
-                backoff=True,
-                console=True,
-            )
+        spec = ProcessSpec(
+            argv,
+            name=MAITRED,
+            env=dict(os.environ),
+            respawn=True,
+            backoff=True,
+            console=True,
         )
+        # What cannot even be executed the first time is not in the table yet, so not its business.
+        if not self._launch(spec) and not self._shutdown:
+            self.loop.call_later(_MAITRED_RETRY, lambda: self.launch_maitred(argv))
 
     def launch_once(self, argv: list[str], *, name: str) -> None:
         """Starts a part of the machine's own set-up in the background, with the console."""
         self._launch(ProcessSpec(argv, name=name, once=True, console=True))
 
-    def _launch(self, spec: ProcessSpec) -> None:
+    def _launch(self, spec: ProcessSpec) -> bool:
         try:
             self.table.launch(spec)
         except ProtocolError as error:
             write_line("init", str(error))
+            return False
+        return True
 
     @staticmethod
     def load_the_rest() -> None:
@@ -298,7 +304,10 @@ class Supervisor:
 
     def _emit(self, event: str, process: Process, fields: dict[str, Any]) -> None:
         if event in {"failed", "backing_off", "stopped"} or process.key == MAITRED:
-            details = ", ".join(f"{name} {value}" for name, value in fields.items())
+            details = ", ".join(
+                str(value) if name in {"reason", "error"} else f"{name} {value}"
+                for name, value in fields.items()
+            )
             write_line("init", f"{process.key} {event.replace('_', ' ')}: {details}".rstrip(": "))
         if self._control and self._control.followed:
             program = os.path.basename(process.spec.argv[0])

@@ -306,3 +306,20 @@ def test_as_a_subreaper_it_ends_only_its_own(tmp_path: Path) -> None:
         watchdog.cancel()
     assert output.startswith(b"0\n")
     assert b"Running" in output
+
+
+def test_a_maitred_that_cannot_be_executed_is_tried_again(tmp_path: Path) -> None:
+    command = tmp_path / "maitred"
+    words = ["maitred.setup=no", f"maitred.run_dir={tmp_path}/run", f"maitred.command={command}"]
+    with subprocess.Popen(
+        [*UNSHARE, sys.executable, "-m", "agent.process_supervisor", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    ) as running:
+        assert running.stderr
+        assert "No such file or directory" in running.stderr.readline()
+        command.write_text("#!/bin/sh\nexec sleep 1000\n")
+        command.chmod(0o755)
+        assert "maitred started" in running.stderr.readline()
+        running.kill()
