@@ -53,7 +53,7 @@ def test_pid_1_in_the_vm(
             rows = [
                 json.loads(line) for line in (await guest("termina-ctl", "--json")).splitlines()
             ]
-            assert {"maitred", "modprobe"} <= {row["key"] for row in rows}
+            assert "maitred" in {row["key"] for row in rows}
             assert "running (respawn)" in await guest("termina-ctl", "list")
 
             limited = await guest("python3", "-I", "-c", _LIMITED)
