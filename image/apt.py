@@ -122,7 +122,9 @@ def bootstrap(target: Path, packages: list[str], mirrors: Mirrors) -> None:
         "mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase", "--quiet",
         '--aptopt=Apt::Install-Recommends "false"', '--aptopt=Acquire::Languages "none"',
         "--aptopt=Acquire::Retries 3",
-        *options, "--include=" + ",".join(packages), GUEST_SUITE, target, "-",
+        # A merged /usr from the start, instead of a perl program that merges it.
+        "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
+        *options, "--include=" + ",".join(["usr-is-merged", *packages]), GUEST_SUITE, target, "-",
     ]  # fmt: skip
     run(command, stdin=mirrors.sources(GUEST_SUITE), env={"LC_ALL": "C.UTF-8"})
     # They are for this machine's build: its proxy and its speed are not the guest's business.
