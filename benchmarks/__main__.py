@@ -37,7 +37,10 @@ def main(wanted: list[str]) -> int:
         started = time.monotonic()
         module = importlib.import_module(f"benchmarks.{name}")
         print(f"## {name}\n\n{(module.__doc__ or '').splitlines()[0]}\n", flush=True)
-        figures = list(module.run())
+        figures = []
+        for figure in module.run():
+            print(f"measured: {figure.what}", file=sys.stderr, flush=True)
+            figures.append(figure)
         print(table(figures))
         print(f"\n{os.cpu_count()} processors, {time.monotonic() - started:.0f} s\n", flush=True)
         failed = failed or any(figure.reached is False for figure in figures)
