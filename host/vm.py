@@ -288,7 +288,7 @@ class Vm:
                 each.cancel()
             await asyncio.gather(task, ended, return_exceptions=True)
 
-    async def ready(self, *, timeout: float = 60.0) -> float:
+    async def ready(self, *, timeout: float = 120.0) -> float:
         """Waits for VmReady; returns the seconds since QEMU was started.
 
         Raises HostError, VmDiedError.

@@ -15,7 +15,7 @@ from host.image_server import ImageServer
 from host.qemu import Machine
 from tests.vm.vms import boot, new_vm
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_nic_and_disk_plugged_in_later(

@@ -21,7 +21,7 @@ from host.image_server import ImageServer
 from host.status import ContainerStatus
 from tests.vm.vms import TestVm, boot, new_vm
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(800)
 
 _SLOW_DOWNLOAD = 250_000  # bytes per second; the small image then takes 4 s
 _AGAIN_SECONDS = 60.0

@@ -21,7 +21,7 @@ from host.image_server import ImageServer
 from host.status import ContainerStatus
 from tests.vm.vms import BUSYBOX, TestVm, new_vm
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(500)
 
 _DOWNLOAD_RATE = 2_000_000  # bytes per second; the small image takes half a second
 

@@ -13,7 +13,7 @@ from host.flows import Flow
 from host.image_server import ImageServer
 from tests.vm.vms import new_vm
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_older_host(

@@ -61,7 +61,7 @@ _CHOSEN = (
 )
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(800)
 def test_power_cuts(
     runner: asyncio.Runner, image: GuestImage, image_server: ImageServer, tmp_path: Path
 ) -> None:
