@@ -162,7 +162,7 @@ def request_for(
         term = env.get("TERM", "dumb")
         argv = [
             "/usr/bin/lxc", "exec", mode, f"--env=TERM={term}", container, "--",
-            *_in_container(argv, user=user, cwd=cwd, env=env),
+            *_in_container(argv, user=user, cwd=cwd, env=env, pty=pty),
         ]  # fmt: skip
         env, user, cwd = LXC_ENVIRONMENT | {"TERM": term}, "", ""
     rows, columns = _window_size() if pty else (0, 0)
@@ -178,11 +178,13 @@ def request_for(
     )
 
 
-def _in_container(argv: Sequence[str], *, user: str, cwd: str, env: Mapping[str, str]) -> list[str]:
+def _in_container(
+    argv: Sequence[str], *, user: str, cwd: str, env: Mapping[str, str], pty: bool
+) -> list[str]:
     """The command that makes a user's session there, in an environment of the user's own."""
     env = {key: value for key, value in env.items() if key != "TERM"}
     if not (argv or cwd or env):
-        return ["/bin/login", "-f", user]
+        return ["/bin/login", "-f", user] if pty else ["su", "-", user]
     steps = [f"cd {shlex.quote(cwd)}"] if cwd else []
     steps += [f"export {shlex.quote(key)}={shlex.quote(value)}" for key, value in env.items()]
     steps.append(f"exec {shlex.join(argv)}" if argv else 'exec "$SHELL"')
@@ -194,7 +196,7 @@ def _window_size() -> tuple[int, int]:
         size = os.get_terminal_size(0)
     except OSError:
         return 24, 80
-    return size.lines, size.columns
+    return size.lines or 24, size.columns or 80
 
 
 def _settle(future: asyncio.Future[None]) -> None:
