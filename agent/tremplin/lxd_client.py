@@ -109,6 +109,19 @@ class LxdClient:
         except (pylxd.exceptions.ClientConnectionFailed, requests.RequestException) as error:
             raise LxdGoneError(f"LXD does not answer: {_innermost(error)}") from None
 
+    def internal(self, method: str, path: str, body: str) -> requests.Response:
+        """The answer to a request outside of /1.0; path: what follows /internal/. Blocks.
+
+        Raises LxdError.
+        """
+        session = self._connected().api.session
+        url = f"http+unix://{quote(self.socket_path, safe='')}/internal/{path}"
+        try:
+            answer: requests.Response = session.request(method, url, data=body, timeout=_SECONDS)
+        except requests.RequestException as error:
+            raise LxdGoneError(f"LXD does not answer: {_innermost(error)}") from None
+        return answer
+
     def _connected(self) -> pylxd.Client:
         with self._lock:
             if self._client is None:

@@ -9,9 +9,11 @@ import logging
 import os
 import stat
 
+from agent.tremplin.lxd_client import LxdNotFoundError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from agent.tremplin.session import Session
+    from agent.tremplin.session import Session, Settings
 
 _log = logging.getLogger(__name__)
 
@@ -40,13 +42,20 @@ async def _set_up_server(session: Session) -> None:
 async def _set_up_pool(session: Session) -> None:
     if await session.lxd.exists("storage-pools", "default"):
         return
-    source = f"{session.settings.lxd_dir}/storage-pools/default"
+    source = btrfs_source(session.settings)
     # LXD's directory on another filesystem, of a development machine: LXD makes a btrfs in a file.
-    config = {"source": source} if _is_btrfs(session.settings.lxd_dir) else {}
+    config = {} if source is None else {"source": source}
     await session.lxd.request(
         "post", "storage-pools", json={"name": "default", "driver": "btrfs", "config": config}
     )
     _log.info("LXD has its storage pool")
+
+
+def btrfs_source(settings: Settings) -> str | None:
+    """Where the storage pool is when LXD's directory is on a btrfs, which it is in the VM."""
+    if not _is_btrfs(settings.lxd_dir):
+        return None
+    return f"{settings.lxd_dir}/storage-pools/default"
 
 
 async def _set_up_bridge(session: Session) -> None:
@@ -58,7 +67,7 @@ async def _set_up_bridge(session: Session) -> None:
     }
     if session.settings.lxd_subnet is not None:
         wanted["ipv4.address"] = session.settings.lxd_subnet
-    if not await session.lxd.exists("networks", "lxdbr0"):
+    if not await _has_bridge(session):
         await session.lxd.request(
             "post", "networks", json={"name": "lxdbr0", "type": "bridge", "config": wanted}
         )
@@ -69,6 +78,19 @@ async def _set_up_bridge(session: Session) -> None:
     if changed:
         await session.lxd.request("patch", "networks", "lxdbr0", json={"config": changed})
         _log.info("LXD's bridge has %s anew", ", ".join(sorted(changed)))
+
+
+async def _has_bridge(session: Session) -> bool:
+    try:
+        bridge = await session.lxd.get("networks", "lxdbr0")
+    except LxdNotFoundError:
+        return False
+    if bridge["managed"]:
+        return True
+    # Left by an LXD whose database is gone; its name server goes when the new one starts.
+    process = await asyncio.create_subprocess_exec("ip", "link", "delete", "lxdbr0")
+    await process.wait()
+    return False
 
 
 async def _set_up_profile(session: Session) -> None:

@@ -15,6 +15,12 @@ from agent.tremplin.create import remove_imported_images
 from agent.tremplin.imports import put_right
 from agent.tremplin.lxd_client import LxdClient, LxdError
 from agent.tremplin.lxd_events import EventStream
+from agent.tremplin.lxd_recovery import (
+    RecoveryError,
+    cannot_start,
+    find_containers,
+    reset_database,
+)
 from agent.tremplin.lxd_setup import set_up_lxd
 from agent.tremplin.ports import ListeningPorts
 from agent.tremplin.reporter import Reporter
@@ -30,6 +36,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _SETUP_RETRY_SECONDS = (0.5, 15.0)
+_START_CHECK_SECONDS = 5.0
+"""How often to look whether LXD crashes instead of coming up."""
 _LXD_AWAY_SECONDS = 60.0
 """After so long without LXD what it was doing is reported as failed."""
 _STOP_SECONDS = 1.8
@@ -129,16 +137,25 @@ async def _ready(session: Session, stopping: asyncio.Future[signal.Signals]) -> 
     # Returns when LXD is up and set up, or when we are to stop.
     delay = _SETUP_RETRY_SECONDS[0]
     problem = ""
+    recovered = False
     while not stopping.done():
         up = asyncio.ensure_future(session.lxd_is_up.wait())
         either: list[asyncio.Future[Any]] = [up, stopping]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            either, timeout=_START_CHECK_SECONDS, return_when=asyncio.FIRST_COMPLETED
+        )
         up.cancel()
         if stopping.done():
             return
+        if not session.lxd_is_up.is_set():
+            if not recovered and await cannot_start(session):
+                recovered = True
+                await _recover(session)
+            continue
         try:
             if not problem:
                 _log.info("LXD answers")
+            await find_containers(session)
             await set_up_lxd(session)
         except LxdError as error:
             if problem != str(error):
@@ -148,6 +165,19 @@ async def _ready(session: Session, stopping: asyncio.Future[signal.Signals]) -> 
             delay = min(delay * 2, _SETUP_RETRY_SECONDS[1])
         else:
             return
+
+
+async def _recover(session: Session) -> None:
+    _log.error("LXD does not start; its database is reset")
+    session.reporter.report(
+        "UpdateStartLxdStatus",
+        pb.StartLxdProgress(status=pb.StartLxdProgress.RECOVERING),
+        container="",
+    )
+    try:
+        await reset_database(session)
+    except (LxdError, RecoveryError) as error:
+        _log.error("cannot reset LXD's database: %s", error)
 
 
 async def _tidy(session: Session) -> None:

@@ -19,6 +19,8 @@ from agent.tremplin.export import Export, export_problem
 from agent.tremplin.imports import Import, import_problem
 from agent.tremplin.info import container_info
 from agent.tremplin.lxd_client import LxdError
+from agent.tremplin.lxd_recovery import RecoveryError, reset_database
+from agent.tremplin.lxd_setup import set_up_lxd
 from agent.tremplin.name_server import forget_names
 from agent.tremplin.names import name_problem
 from agent.tremplin.operation import Operation, Outcome, one_line
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
 
     OperationT = TypeVar("OperationT", bound=Operation)
 
+_LXD_SECONDS = 120.0
+"""How long an LXD that died has to come back, once the host asks for it."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +53,7 @@ class Servicer(TremplinServicer):
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._resetting: asyncio.Task[None] | None = None
         self._account_locks: dict[str, asyncio.Lock] = {}
 
     async def StartLxd(
@@ -55,16 +61,53 @@ class Servicer(TremplinServicer):
         request: pb.StartLxdRequest,
         context: grpc.aio.ServicerContext[pb.StartLxdRequest, pb.StartLxdResponse],
     ) -> pb.StartLxdResponse:
-        """LXD is up before the host hears of us."""
-        del request, context
+        """LXD is up before the host hears of us; what is left to do is to reset its database."""
+        del context
+        statuses = pb.StartLxdResponse
+        if self._resetting is not None and not self._resetting.done():
+            return statuses(status=statuses.STARTING)
+        if request.reset_lxd_db:
+            if self._session.running:
+                return statuses(
+                    status=statuses.FAILED,
+                    failure_reason="cannot reset LXD's database: something else is going on",
+                )
+            self._resetting = asyncio.create_task(self._reset())
+            return statuses(status=statuses.STARTING)
+        if not self._session.lxd_is_up.is_set():
+            self._resetting = asyncio.create_task(self._wait_for_lxd())
+            return statuses(status=statuses.STARTING)
+        return statuses(status=statuses.ALREADY_RUNNING)
+
+    async def _reset(self) -> None:
+        statuses = pb.StartLxdProgress
+        self._report_lxd(statuses.RECOVERING)
         try:
-            await self._session.lxd.get()
-        except LxdError as error:
-            return pb.StartLxdResponse(
-                status=pb.StartLxdResponse.FAILED,
-                failure_reason=f"cannot start LXD: {one_line(error)}",
+            await reset_database(self._session)
+            await set_up_lxd(self._session)
+        except (LxdError, RecoveryError) as error:
+            _log.warning("cannot reset LXD's database: %s", error)
+            self._report_lxd(statuses.FAILED, f"cannot reset LXD's database: {one_line(error)}")
+        else:
+            self._report_lxd(statuses.STARTED)
+
+    async def _wait_for_lxd(self) -> None:
+        try:
+            async with asyncio.timeout(_LXD_SECONDS):
+                await self._session.lxd_is_up.wait()
+        except TimeoutError:
+            self._report_lxd(
+                pb.StartLxdProgress.FAILED, f"cannot start LXD: no answer in {_LXD_SECONDS:.0f} s"
             )
-        return pb.StartLxdResponse(status=pb.StartLxdResponse.ALREADY_RUNNING)
+        else:
+            self._report_lxd(pb.StartLxdProgress.STARTED)
+
+    def _report_lxd(self, status: pb.StartLxdProgress.Status.ValueType, reason: str = "") -> None:
+        self._session.reporter.report(
+            "UpdateStartLxdStatus",
+            pb.StartLxdProgress(status=status, failure_reason=reason),
+            container="",
+        )
 
     async def CreateContainer(
         self,

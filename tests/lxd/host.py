@@ -148,17 +148,22 @@ class Tremplin:
         } | self._options
         self.machine.run("mkdir", "-p", "/run/shared")
         words = [f"tremplin.{key}={value}" for key, value in options.items()]
+        self.spawn(words)
+        try:
+            self.host.wait_for("TremplinReady", after=before)
+        except AssertionError:
+            for log in self.machine.directory.glob("*.log"):
+                print(log.read_text()[-4000:])  # noqa: T201
+            raise
+        self._channel = grpc.insecure_channel(self._address)
+        self.stub = TremplinStub(self._channel)
+
+    def spawn(self, words: list[str]) -> None:
+        """Starts the process; words: its arguments."""
         with self.log.open("a") as log:
             self.process = self.machine.spawn(
                 sys.executable, "-m", "agent.tremplin", *words, stdout=log, stderr=log
             )
-        try:
-            self.host.wait_for("TremplinReady", after=before)
-        except AssertionError:
-            print(self.log.read_text())  # noqa: T201
-            raise
-        self._channel = grpc.insecure_channel(self._address)
-        self.stub = TremplinStub(self._channel)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Ends it and returns when it has ended."""

@@ -1,0 +1,133 @@
+"""LXD under PID 1: started by tremplin, started again when it dies, its database reset."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from agent.pb import tremplin_pb2 as pb
+from agent.process_supervisor.client import Client
+from tests.lxd.host import Host, Tremplin
+from tests.lxd.machine import Machine, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LXD = pb.StartLxdProgress
+
+
+class _SupervisedTremplin(Tremplin):
+    """A tremplin that our PID 1 runs, in its PID namespace."""
+
+    def spawn(self, words: list[str]) -> None:
+        """See Tremplin."""
+        with self.supervisor() as client:
+            client.launch(
+                [sys.executable, "-m", "agent.tremplin", *words],
+                name="tremplin",
+                env={"PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+                console=True,
+                respawn=True,
+            )
+
+    def supervisor(self) -> Client:
+        """A connection to PID 1."""
+        return Client.connect(f"/proc/{self.machine.init_pid}/root/run/maitred", timeout=60)
+
+    def lxd_pid(self) -> int:
+        """The pid of LXD in the namespace of PID 1; 0 while it does not run."""
+        with self.supervisor() as client:
+            return int(client.info("lxd")["pid"] or 0)
+
+
+@pytest.fixture(scope="module")
+def supervised() -> Iterator[_SupervisedTremplin]:
+    """PID 1 and tremplin, which starts LXD, with one stopped container `kept`."""
+    directory = Path(tempfile.mkdtemp(prefix="lxd-", dir="/var/tmp"))
+    directory.chmod(0o711)
+    try:
+        with Machine(directory) as machine:
+            machine.serve_images()
+            log = (directory / "pid1.log").open("a")
+            machine.spawn(
+                sys.executable, "-m", "agent.process_supervisor", "maitred.setup=no",
+                f"maitred.listen=unix:{directory}/maitred.sock", "maitred.run_dir=/run/maitred",
+                "maitred.no_startup_processes=yes", stdout=log, stderr=log,
+            )  # fmt: skip
+            log.close()
+            socket = Path(f"/proc/{machine.init_pid}/root/run/maitred/supervisor.sock")
+            wait_until(socket.exists, "PID 1")
+            host = Host(directory / "host.sock")
+            tremplin = _SupervisedTremplin(machine, host)
+            tremplin.create("kept")
+            yield tremplin
+            host.stop()
+    finally:
+        shutil.rmtree(directory)
+
+
+def test_lxd_dies(supervised: _SupervisedTremplin) -> None:
+    """PID 1 starts it again; the host may ask for it meanwhile and hears when it is up."""
+    machine, host = supervised.machine, supervised.host
+    pid = supervised.lxd_pid()
+    with supervised.supervisor() as client:
+        client.signal("lxd", "SIGKILL")
+    wait_until(lambda: supervised.lxd_pid() not in {0, pid}, "the new LXD")
+    answer = supervised.call("StartLxd")
+    if answer.status == pb.StartLxdResponse.STARTING:
+        assert host.wait_for("UpdateStartLxdStatus").message.status == LXD.STARTED
+    else:
+        assert answer.status == pb.StartLxdResponse.ALREADY_RUNNING
+    assert machine.containers() == {"kept": "Stopped"}
+
+
+def _works(supervised: _SupervisedTremplin) -> None:
+    assert supervised.machine.containers() == {"kept": "Stopped"}
+    before = len(supervised.host.reports)
+    supervised.call("StartContainer", container_name="kept")
+    started = supervised.host.wait_for("UpdateStartStatus", container="kept", after=before)
+    assert started.message.status == pb.ContainerStartProgress.STARTED, started
+    wait_until(
+        lambda: supervised.call("GetContainerInfo", container_name="kept").ipv4_address,
+        "an address",
+    )
+    before = len(supervised.host.reports)
+    supervised.call("StopContainer", container_name="kept")
+    supervised.host.wait_for("UpdateStopStatus", container="kept", after=before)
+
+
+def test_reset_database(supervised: _SupervisedTremplin) -> None:
+    """RECOVERING, STARTED, and the container is there and works."""
+    before = len(supervised.host.reports)
+    answer = supervised.call("StartLxd", reset_lxd_db=True)
+    assert answer.status == pb.StartLxdResponse.STARTING
+    for status in (LXD.RECOVERING, LXD.STARTED):
+        supervised.host.wait_for("UpdateStartLxdStatus", status=status, after=before)
+    _works(supervised)
+
+
+def test_damaged_database(supervised: _SupervisedTremplin) -> None:
+    """An LXD that cannot start any more gets a new database and finds its container."""
+    before = len(supervised.host.reports)
+    with supervised.supervisor() as client:
+        client.stop("tremplin")
+        client.stop("lxd")
+        database = supervised.machine.lxd_dir / "database"
+        supervised.machine.run(
+            "sh", "-c", f"for f in {database}/global/* {database}/local.db; do"
+            " head -c 5000 /dev/urandom >$f; done",
+        )  # fmt: skip
+        client.start("tremplin")
+    supervised.host.wait_for("TremplinReady", after=before, seconds=120)
+    statuses = [
+        report.message.status
+        for report in supervised.host.reports[before:]
+        if report.method == "UpdateStartLxdStatus"
+    ]
+    assert statuses == [LXD.RECOVERING]
+    _works(supervised)
