@@ -60,6 +60,8 @@ def run() -> Iterator[Figure]:
     yield launch_and_exit()
     yield kill_to_successor()
     yield from thousand_services()
+    yield shutdown()
+    yield maitred_killed()
     yield from idle()
     yield from many_launches()
 
@@ -100,6 +102,10 @@ class Contestant:
         """Ends it and all that runs in it."""
         self._unshare.kill()
         self._unshare.wait()
+
+    def wait(self) -> None:
+        """Waits for its end."""
+        self._unshare.wait(60)
 
     @property
     def pid(self) -> int:
@@ -392,6 +398,65 @@ def thousand_services() -> Iterator[Figure]:
         assert ours
         ahead = all((values[peer] or 0) >= ours for peer in (S6, SUPERVISORD))
         yield Figure(what, values, unit, "ahead of s6 and supervisord", ahead)
+
+
+def shutdown() -> Figure:
+    """The way down with services that obey."""
+
+    def measure() -> float:
+        with fifo() as reports:
+            service = [str(PROGRAMS / "service"), str(reports.path)]
+            with contestant(OURS, {f"service{n}": service for n in range(SERVICES)}) as running:
+                for _ in range(SERVICES):
+                    reports.next()
+                started = time.monotonic()
+                with Client.connect(f"{running.directory}/run") as client:
+                    client.shutdown("benchmark")
+                running.wait()
+                return time.monotonic() - started
+
+    took = median(measure)
+    what = f"shutdown of {SERVICES} services that obey SIGTERM"
+    return Figure(what, {OURS: took}, "s", "≤ 2 s", took <= 2)
+
+
+def maitred_killed() -> Figure:
+    """The real maitred: from kill -9 to the next LaunchProcess answered."""
+    import grpc
+
+    from agent.pb import vm_guest_pb2, vm_guest_pb2_grpc
+
+    request = vm_guest_pb2.LaunchProcessRequest(argv=["true"], wait_for_exit=True)
+    times = []
+    with directory() as path:
+        address = f"unix:{path}/maitred.sock"
+        options = ["maitred.setup=no", f"maitred.run_dir={path}/run", f"maitred.listen={address}"]
+        python = str(REPOSITORY / ".venv/bin/python")
+        running = Contestant(REPOSITORY, [python, "-m", "agent.process_supervisor", *options])
+        channel_options = [
+            ("grpc.initial_reconnect_backoff_ms", 20),
+            ("grpc.min_reconnect_backoff_ms", 20),
+            ("grpc.max_reconnect_backoff_ms", 20),
+        ]
+        with grpc.insecure_channel(address, options=channel_options) as channel:
+            maitred = vm_guest_pb2_grpc.MaitredStub(channel)
+            maitred.LaunchProcess(request, wait_for_ready=True, timeout=60)
+            with Client.connect(f"{path}/run") as client:
+                for _ in range(4 * ROUNDS):
+                    started = time.monotonic()
+                    client.signal("maitred", "SIGKILL")
+                    while True:
+                        try:
+                            maitred.LaunchProcess(request, wait_for_ready=True, timeout=60)
+                            break
+                        except grpc.RpcError as error:
+                            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                                raise
+                    times.append(1000 * (time.monotonic() - started))
+        running.close()
+    took = statistics.median(times)
+    what = "kill -9 of maitred to the next LaunchProcess answered, p50"
+    return Figure(what, {OURS: took}, "ms", "≤ 500 ms", took <= 500)
 
 
 def idle() -> Iterator[Figure]:

@@ -115,18 +115,20 @@ class Outputs:
         os.set_blocking(reader, False)
         return reader, writer
 
-    def follow(self, reader: int, ring: Ring, name: str, pid: int) -> Pipe:
-        """Reads from a pipe into ring until all its writers are gone."""
-        pipe = self.pipes[reader] = Pipe(self, reader, ring, name, pid)
+    def follow(self, reader: int, ring: Ring, name: str, pid: int, *, logged: bool = True) -> Pipe:
+        """Reads from a pipe into ring, and the log when logged, until all its writers are gone."""
+        pipe = self.pipes[reader] = Pipe(self, reader, ring, name, pid, logged=logged)
         return pipe
 
 
 class Pipe:
     """The output of one run of one process, and of what it leaves running."""
 
-    __slots__ = ("_budget", "_line", "_outputs", "fd", "name", "pid", "ring")
+    __slots__ = ("_budget", "_line", "_outputs", "fd", "logged", "name", "pid", "ring")
 
-    def __init__(self, outputs: Outputs, fd: int, ring: Ring, name: str, pid: int) -> None:
+    def __init__(
+        self, outputs: Outputs, fd: int, ring: Ring, name: str, pid: int, *, logged: bool
+    ) -> None:
         self._outputs = outputs
         self._budget = _BURST
         self._line = b""
@@ -134,6 +136,7 @@ class Pipe:
         self.ring = ring
         self.name = name
         self.pid = pid
+        self.logged = logged and outputs.log is not None
         outputs.loop.watch(fd, READABLE, self.ready)
 
     def ready(self, _mask: int = READABLE) -> None:
@@ -148,7 +151,7 @@ class Pipe:
             self._close()
             return
         self.ring.append(data)
-        if self._outputs.log:
+        if self.logged:
             self._log_lines(data)
         self._outputs.follower(self, data)
         self._budget -= len(data)
@@ -175,7 +178,7 @@ class Pipe:
             self._outputs.loop.change(self.fd, READABLE)
 
     def _close(self) -> None:
-        if self._line and self._outputs.log:
+        if self._line and self._outputs.log:  # there is none unless logged
             self._outputs.log(self.name, self.pid, self._line)
         self._outputs.loop.forget(self.fd)
         del self._outputs.pipes[self.fd]

@@ -283,7 +283,14 @@ class Supervisor:
                 os.close(writer)
         if reader is not None:
             process.ring = process.ring or Ring()
-            process.pipe = self._outputs.follow(reader, process.ring, process.key, pid)
+            process.pipe = self._outputs.follow(
+                reader,
+                process.ring,
+                process.key,
+                pid,
+                # The log forwarder is last, and would read its own complaints for ever.
+                logged=spec.stop_stage != "last",
+            )
         return pid
 
     def _cgroup(self, process: Process) -> str:

@@ -53,7 +53,7 @@ def execute_anew(
         "processes": table.save(),
         "server": control.server.fileno(),
         "clients": [_save_client(client) for client in control.clients],
-        "pipes": [[pipe.fd, pipe.name, pipe.pid] for pipe in outputs.pipes.values()],
+        "pipes": [[pipe.fd, pipe.name, pipe.pid, pipe.logged] for pipe in outputs.pipes.values()],
         "rings": [[key, ring.end, len(ring.read(0, RING)[1])] for key, ring in rings],
     }
     state = os.memfd_create("process-supervisor", 0)
@@ -122,10 +122,11 @@ class State:
                 process.ring = Ring()
                 process.ring.restore(*self._printed[process.key])
         by_key = {process.key: process for process in table}
-        for fd, key, pid in self._head["pipes"]:
+        for fd, key, pid, logged in self._head["pipes"]:
             os.set_inheritable(fd, False)
             writer = by_key.get(key)
-            pipe = outputs.follow(fd, (writer.ring if writer else None) or Ring(), key, pid)
+            ring = (writer.ring if writer else None) or Ring()
+            pipe = outputs.follow(fd, ring, key, pid, logged=logged)
             if writer and writer.pid == pid:
                 writer.pipe = pipe
 
