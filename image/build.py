@@ -41,9 +41,12 @@ def run(
     Returns its standard output. Raises BuildError with the last lines it said when it fails.
     """
     words = [str(word) for word in command]
+    if shutil.which(words[0]) is None:
+        raise BuildError(f"cannot run {words[0]}: there is no such program")
     try:
         result = subprocess.run(
-            words,
+            # Whatever ends the build ends what it started too.
+            ["setpriv", "--pdeathsig", "KILL", *words],
             input=stdin if stdin is not None else "",
             capture_output=True,
             text=True,

@@ -83,7 +83,7 @@ def test_failed_command_is_told_with_its_last_words(tmp_path: Path) -> None:
     """The error names the command, its status and what it said; a missing one is no traceback."""
     with pytest.raises(BuildError, match="sh ended with 3: no space"):
         run(["sh", "-c", "echo no space >&2; exit 3"])
-    with pytest.raises(BuildError, match="cannot run /none/such: No such file"):
+    with pytest.raises(BuildError, match="cannot run /none/such: there is no such program"):
         run(["/none/such"])
     with locked(tmp_path / "lock"):
         pass
