@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 _REAPED_PER_TURN = 1000
 """Children taken before the loop has a look at everything else."""
 
+_STORM = 50
+_STORM_GAP = 0.006
+_STORM_REST = 0.002
+"""After so many reaps of nothing but orphans, less than the gap apart, SIGCHLD rests (seconds)."""
+
 MAITRED = "maitred"
 """The name of maitred in the table."""
 
@@ -65,6 +70,8 @@ class Supervisor:
         self._shutdown: Shutdown | None = None
         self._running = True
         self._orphans = 0
+        self._reaped_at = 0.0
+        self._storm = 0
         self._upgrades = 0
         self._old_cgroups: set[str] = set()
         self.loop = Loop()
@@ -241,6 +248,7 @@ class Supervisor:
 
     def _reap(self) -> None:
         """Takes every zombie, ours and orphans alike."""
+        ours = 0
         for _ in range(_REAPED_PER_TURN):
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -248,17 +256,13 @@ class Supervisor:
                 break
             if pid == 0:
                 break
+            process = self.table.by_pid(pid)
+            if process is None:
+                self._orphans += 1
+                continue
+            ours += 1
             try:
-                process = self.table.by_pid(pid)
-                if process is None:
-                    self._orphans += 1
-                    continue
-                if process.pipe:
-                    process.pipe.ready()  # what it printed is there before anybody hears of its end
-                    process.pipe = None
-                self.table.exited(pid, status)
-                if process.spec.memory_max or process.spec.pids_max:
-                    self._old_cgroups.add(self._cgroup(process))
+                self._see_to_exit(process, pid, status)
             except Exception as error:  # noqa: BLE001  # the next zombie waits
                 report(error, f"see to the exit of {pid}")
         else:
@@ -267,6 +271,29 @@ class Supervisor:
             self._remove_cgroups()
         if self._shutdown:
             self._shutdown.poke()
+        self._rest_in_a_storm(ours)
+
+    def _see_to_exit(self, process: Process, pid: int, status: int) -> None:
+        if process.pipe:
+            process.pipe.ready()  # what it printed is there before anybody hears of its end
+            process.pipe = None
+        self.table.exited(pid, status)
+        if process.spec.memory_max or process.spec.pids_max:
+            self._old_cgroups.add(self._cgroup(process))
+
+    def _rest_in_a_storm(self, ours: int) -> None:
+        """When orphans come one by one as fast as they are taken, lets some come together.
+
+        ours: how many of those just taken were supervised; they are never kept waiting.
+        """
+        now = self.loop.now()
+        self._storm = self._storm + 1 if not ours and now - self._reaped_at < _STORM_GAP else 0
+        self._reaped_at = now
+        if self._storm > _STORM:
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD,))
+            self.loop.call_later(
+                _STORM_REST, lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGCHLD,))
+            )
 
     def _spawn(self, process: Process) -> int:
         spec = process.spec
