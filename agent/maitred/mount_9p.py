@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 _PORT_MAX = 2**32 - 2
 _FLAGS = syscalls.MS_NOSUID | syscalls.MS_NODEV
-_OPTIONS = "trans=fd,rfdno={0},wfdno={0},cache=none,access=any,version=9p2000.L"
+_OPTIONS = "trans=fd,rfdno={0},wfdno={0},aname=/,cache=none,access=any,version=9p2000.L"
 
 
 async def mount(request: vm_guest_pb2.Mount9PRequest, *, has_vsock: bool) -> int:
