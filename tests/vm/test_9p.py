@@ -30,7 +30,7 @@ _PORT = 5640
 
 # What the server serves as / is its root directory, and not this machine's. It does not cross
 # mounts, so the files are in that directory itself.
-_SERVE = """
+_SERVE = r"""
 mount --bind "$2" "$1"
 mkdir "$1/usr"
 ln -s usr/lib usr/lib64 usr/sbin usr/bin "$1"
@@ -38,7 +38,7 @@ mount --bind -o ro /usr "$1/usr"
 mkdir "$1/dev" "$1/etc"
 touch "$1/dev/null" "$1/etc/diod.conf"
 echo 'nobody:x:65534:65534::/:/bin/false' >"$1/etc/passwd"
-echo 'nogroup:x:65534:' >"$1/etc/group"
+printf 'nogroup:x:65534:\nroot:x:0:nobody\n' >"$1/etc/group"
 mount --bind /dev/null "$1/dev/null"
 exec chroot "$1" /usr/sbin/diod -f -n --rfdno "$3" --wfdno "$3" -e / -L stderr
 """
