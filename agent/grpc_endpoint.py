@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A host that was away is found again within a second; gRPC's own delays grow to two minutes.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 5000),  # in gRPC the time a connection may take to come up
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
     ("grpc.service_config_disable_resolution", 1),
