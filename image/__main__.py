@@ -50,6 +50,10 @@ def main(words: list[str]) -> int:
         return 2
     what, build = builds[words[0]]
     began = time.monotonic()
+    # depmod, mke2fs and others are there even where a person's PATH does not say so.
+    os.environ["PATH"] = (
+        os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/local/sbin:/usr/sbin:/sbin"
+    )
     try:
         _become_root()
         build(Cache(_cache_folder()))
