@@ -19,7 +19,7 @@ from agent.tremplin import markers
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.names import IN_PROGRESS, is_in_progress
 from agent.tremplin.operation import Operation, OperationError, OperationTimedOutError, Outcome
-from agent.tremplin.remove import remove_container
+from agent.tremplin.remove import remove_container, token_device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -89,7 +89,9 @@ class Create(Operation):
         self._name = going_on or self._free_name()
         self.note(name=self._name)
         operation = await self._operation_of(going_on) if going_on else None
-        await self._remove_left_overs(also_mine=operation is None)
+        if not self.session.left_overs_removed or self.resumed:
+            await self._remove_left_overs(also_mine=operation is None)
+            self.session.left_overs_removed = True
         await self._remove_unfinished()
         if isinstance(self._source, FromServer):
             await self._create_from_server(self._source, operation)
@@ -103,6 +105,7 @@ class Create(Operation):
 
     async def clean_up(self) -> None:
         """See Operation."""
+        self.session.left_overs_removed = False
         await self._remove_left_overs(also_mine=True)
         if self._naming:
             await self._remove_unfinished()
@@ -225,6 +228,9 @@ class Create(Operation):
                 "name": self._name,
                 "type": "container",
                 "profiles": ["default"],
+                "devices": {
+                    "container_token": token_device(self.session.settings.token_dir, self.container)
+                },
                 "source": source,
             },
             on_change=self._on_change,

@@ -34,6 +34,7 @@ class Delete(Operation):
             create.cancel()
             await create.ended.wait()
         await remove_container(self.session, self.container)
+        self.session.os_releases.pop(self.container, None)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(token_path(self.session.settings.token_dir, self.container))
 
@@ -56,24 +57,40 @@ def token_path(token_dir: str, container: str) -> str:
     return f"{token_dir}/{container}_token"
 
 
+def token_device(token_dir: str, container: str) -> dict[str, str]:
+    """The device that shows a container its token."""
+    return {
+        "type": "disk",
+        "source": token_path(token_dir, container),
+        "path": "/dev/.container_token",
+        "required": "false",
+    }
+
+
 async def remove_container(session: Session, container: str) -> None:
     """Returns when there is no such container: stops and deletes it. Raises LxdError."""
     deadline = asyncio.get_running_loop().time() + _BUSY_SECONDS
     while True:
-        instance = await session.instance(container)
-        if instance is None:
-            return
         try:
-            if instance["status"] != "Stopped":
-                stop = {"action": "stop", "force": True, "timeout": -1}
-                await session.lxd_operations.run("put", "instances", container, "state", json=stop)
             await session.lxd_operations.run("delete", "instances", container)
+            return
         except LxdNotFoundError:
             return
         except LxdError as error:
             if not is_busy(error) or asyncio.get_running_loop().time() > deadline:
                 raise
-            await asyncio.sleep(_POLL_SECONDS)
+        try:
+            instance = await session.instance(container)
+            if instance is not None and instance["status"] != "Stopped":
+                stop = {"action": "stop", "force": True, "timeout": -1}
+                await session.lxd_operations.run("put", "instances", container, "state", json=stop)
+                continue
+        except LxdNotFoundError:
+            return
+        except LxdError as error:
+            if not is_busy(error):
+                raise
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 def is_busy(error: LxdError) -> bool:

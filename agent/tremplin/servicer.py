@@ -26,7 +26,13 @@ from agent.tremplin.names import name_problem
 from agent.tremplin.operation import Operation, Outcome, one_line
 from agent.tremplin.remove import Delete
 from agent.tremplin.set_up_user import read_primary_user, set_up_user
-from agent.tremplin.start import ANSWER_SECONDS, Start, read_os_release
+from agent.tremplin.start import (
+    ANSWER_SECONDS,
+    Start,
+    os_release_text,
+    parse_os_release,
+    read_os_release,
+)
 from agent.tremplin.stop import Stop
 from agent.tremplin.timezone import set_timezone, timezone_problem
 
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
     from agent.tremplin.accounts import Plan
+    from agent.tremplin.container_files import ContainerFiles
     from agent.tremplin.session import Session
 
     OperationT = TypeVar("OperationT", bound=Operation)
@@ -303,11 +310,17 @@ class Servicer(TremplinServicer):
         )
 
     def _set_up_user(self, request: pb.SetUpUserRequest) -> Plan:
+        # The files are open here, and the start that follows needs to know this too.
+        def look(files: ContainerFiles) -> None:
+            text = os_release_text(files)
+            self._session.os_releases[request.container_name] = parse_os_release(text)
+
         return set_up_user(
             self._session.lxd.socket_path,
             request.container_name,
             request.container_username,
             flush=self._session.flush,
+            look=look,
         )
 
     async def GetContainerInfo(

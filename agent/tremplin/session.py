@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from agent.options import Options
+    from agent.pb.tremplin_pb2 import OsRelease
     from agent.tremplin.operation import Operation
     from agent.tremplin.reporter import Reporter
 
@@ -59,6 +60,10 @@ class Session:
         self.lxd = client
         self.lxd_operations = LxdOperations(client)
         self.reporter = reporter
+        self.os_releases: dict[str, OsRelease] = {}
+        """What containers said of themselves when their files were last looked at."""
+        self.left_overs_removed = False
+        """Whether nothing is left of creations by a tremplin that was killed."""
         self.import_lock = asyncio.Lock()
         self.lxd_is_up = asyncio.Event()
         """Set while LXD's events flow."""

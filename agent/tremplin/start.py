@@ -13,7 +13,7 @@ from agent.tremplin.container_files import ContainerFiles
 from agent.tremplin.devices import PREFIX, replace_devices
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.operation import Operation, OperationError, Outcome
-from agent.tremplin.remove import is_busy, token_path
+from agent.tremplin.remove import is_busy, token_device, token_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ _HEARTBEAT_SECONDS = 30.0
 _BUSY_SECONDS = 60.0
 """How long a stop that LXD still has in hand may hold up the start."""
 _POLL_SECONDS = 0.1
-_PATH_IN_CONTAINER = "/dev/.container_token"
 _PRIVILEGE = {
     pb.StartContainerRequest.UNPRIVILEGED: "false",
     pb.StartContainerRequest.PRIVILEGED: "true",
@@ -52,7 +51,8 @@ class Start(Operation):
             await self.session.ended("StopContainer", self.container)
             self.session.lifecycle.settle(self.container)
             await self._prepare()
-            self.os_release = await read_os_release(self.session, self.container)
+            known = self.session.os_releases.pop(self.container, None)
+            self.os_release = known or await read_os_release(self.session, self.container)
             try:
                 await self._start()
             except LxdError as error:
@@ -96,12 +96,7 @@ class Start(Operation):
         if self.request.privilege_level in _PRIVILEGE:
             wanted_config["security.privileged"] = _PRIVILEGE[self.request.privilege_level]
         wanted_devices = {
-            "container_token": {
-                "type": "disk",
-                "source": token_file,
-                "path": _PATH_IN_CONTAINER,
-                "required": "false",
-            }
+            "container_token": token_device(self.session.settings.token_dir, self.container)
         }
         if self.request.disable_audio_capture:
             await replace_devices(self.session, self.container, f"{PREFIX}microphone-", {})
@@ -160,7 +155,8 @@ async def read_os_release(session: Session, container: str) -> pb.OsRelease:
         text = await session.lxd.in_thread(_read_os_release, session.lxd.socket_path, container)
     except OSError:
         return pb.OsRelease()
-    return parse_os_release(text)
+    session.os_releases[container] = parse_os_release(text)
+    return session.os_releases[container]
 
 
 def parse_os_release(text: str) -> pb.OsRelease:
@@ -183,14 +179,19 @@ def parse_os_release(text: str) -> pb.OsRelease:
     )
 
 
+def os_release_text(files: ContainerFiles) -> str:
+    """What a container says of itself. Raises OSError."""
+    for path in ("/etc/os-release", "/usr/lib/os-release"):
+        try:
+            return files.read(path).decode(errors="replace")
+        except FileNotFoundError:
+            pass
+    return ""
+
+
 def _read_os_release(socket_path: str, container: str) -> str:
     with ContainerFiles(socket_path, container) as files:
-        for path in ("/etc/os-release", "/usr/lib/os-release"):
-            try:
-                return files.read(path).decode(errors="replace")
-            except FileNotFoundError:
-                pass
-    return ""
+        return os_release_text(files)
 
 
 def write_token(path: str, token: str) -> None:

@@ -230,3 +230,15 @@ def test_bad_username(tremplin: Tremplin, username: str) -> None:
     assert "$USERNAME" in response.failure_reason
     assert not username or username == "root" or username not in response.failure_reason
     assert tremplin.machine.run("lxc", "file", "pull", "names/etc/passwd", "-") == before
+
+
+def test_delete_while_running(tremplin: Tremplin) -> None:
+    """It is stopped first; the host hears of both."""
+    tremplin.create("busy")
+    tremplin.call("StartContainer", container_name="busy")
+    tremplin.host.wait_for("UpdateStartStatus", container="busy")
+    tremplin.call("DeleteContainer", container_name="busy")
+    deleted = tremplin.host.wait_for("UpdateDeletionStatus", container="busy")
+    assert deleted.message.status == pb.ContainerDeletionProgress.DELETED, deleted
+    tremplin.host.wait_for("ContainerShutdown", container="busy")
+    assert tremplin.machine.containers() == {}
