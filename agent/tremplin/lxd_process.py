@@ -5,6 +5,7 @@ that LXD's start and tremplin's own imports run side by side.
 from __future__ import annotations
 
 import os
+import time
 
 from agent.process_supervisor.client import Client, SupervisorError
 
@@ -39,6 +40,7 @@ def launch(options: Options) -> str:
         return "PID 1 is not ours here; waiting for an LXD that somebody else starts"
     os.makedirs(lxd_dir, mode=0o711, exist_ok=True)
     os.makedirs(options["tremplin.lxd_conf"], mode=0o700, exist_ok=True)
+    drop_torn_keys(lxd_dir, booted_at=time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
     with Client.connect(run_dir, timeout=_SUPERVISOR_SECONDS) as client:
         launched = client.launch(
             _command(lxd_dir),
@@ -50,6 +52,31 @@ def launch(options: Options) -> str:
             stop_timeout=_STOP_SECONDS,
         )
     return "LXD is running already" if launched.existing else "LXD is being started"
+
+
+def drop_torn_keys(lxd_dir: str, *, booted_at: float) -> None:
+    """Deletes the server's certificate and key when a power cut has left one of them empty or cut
+    off: LXD writes them once without fsync(2), makes them anew when they are missing, and does not
+    start when they are torn.
+
+    booted_at: in seconds since 1970; LXD may be writing those that are newer.
+    """
+    pair = [f"{lxd_dir}/server.crt", f"{lxd_dir}/server.key"]
+    for path in pair:
+        try:
+            with open(path, "rb") as file:
+                torn = (
+                    os.fstat(file.fileno()).st_mtime < booted_at and b"-----END" not in file.read()
+                )
+        except FileNotFoundError:
+            continue
+        if torn:
+            for each in pair:
+                try:
+                    os.unlink(each)
+                except FileNotFoundError:
+                    pass
+            return
 
 
 def _command(lxd_dir: str) -> list[str]:
@@ -71,4 +98,4 @@ def _group_exists(name: str) -> bool:
         return False
 
 
-__all__ = ["SupervisorError", "environment", "launch"]
+__all__ = ["SupervisorError", "drop_torn_keys", "environment", "launch"]

@@ -1,0 +1,39 @@
+"""What is put right on LXD's disk before it is started."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from agent.tremplin.lxd_process import drop_torn_keys
+
+_WHOLE = "-----BEGIN X-----\nabc\n-----END X-----\n"
+
+
+@pytest.mark.parametrize(
+    ("certificate", "key", "age", "kept"),
+    [
+        (_WHOLE, _WHOLE, 100, True),
+        ("", _WHOLE, 100, False),
+        (_WHOLE, "", 100, False),
+        (_WHOLE[:20], _WHOLE, 100, False),
+        ("", _WHOLE, -100, True),
+    ],
+)
+def test_torn_keys_of_an_earlier_boot_go(
+    tmp_path: Path, certificate: str, key: str, age: int, kept: bool
+) -> None:
+    """Both go when one is torn by a power cut; those of this boot may be half written just now."""
+    booted_at = 1_000_000.0
+    for name, text in (("server.crt", certificate), ("server.key", key)):
+        (tmp_path / name).write_text(text)
+        os.utime(tmp_path / name, (booted_at - age, booted_at - age))
+    drop_torn_keys(str(tmp_path), booted_at=booted_at)
+    assert [(tmp_path / name).exists() for name in ("server.crt", "server.key")] == [kept, kept]
+
+
+def test_nothing_there_yet(tmp_path: Path) -> None:
+    """The first start of all."""
+    drop_torn_keys(str(tmp_path), booted_at=1_000_000.0)
