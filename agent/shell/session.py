@@ -239,6 +239,10 @@ class Session(asyncio.Protocol):
         self._input += data
         if was_idle or self._input_ends:
             self._write_input()
+        if len(self._input) > _INPUT_MAX and not self._is_full:
+            self._is_full = True
+            self._transport.pause_reading()
+            self._loop.call_later(_LOOK_FOR_HOST_SECONDS, self._look_for_host)
 
     def _write_input(self) -> None:
         try:
@@ -246,10 +250,6 @@ class Session(asyncio.Protocol):
                 del self._input[: os.write(self._stdin, self._input[:_READ_MAX])]
         except (BlockingIOError, InterruptedError):
             self._loop.add_writer(self._stdin, self._write_input)
-            if len(self._input) > _INPUT_MAX and not self._is_full:
-                self._is_full = True
-                self._transport.pause_reading()
-                self._loop.call_later(_LOOK_FOR_HOST_SECONDS, self._look_for_host)
             return
         except OSError:  # it does not read any more
             self._input.clear()
