@@ -14,9 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from pyroute2 import AsyncIPRoute
-
     from agent.maitred.ipv4 import InterfaceConfig
+    from agent.maitred.netlink import AsyncIPRoute
 
 _MAIN_TABLE = 254  # RT_TABLE_MAIN
 _PROTO_KERNEL = 2  # RTPROT_KERNEL
@@ -35,8 +34,7 @@ async def configure(
     Raises NotNow: there is no such interface; Failed: the kernel refused. What was in force before
     is then in force again.
     """
-    from pyroute2 import AsyncIPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
+    from agent.maitred.netlink import AsyncIPRoute, NetlinkError
 
     try:
         async with AsyncIPRoute() as ip:

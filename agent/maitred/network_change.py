@@ -12,8 +12,7 @@ from agent.maitred.processes import program_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pyroute2 import AsyncIPRoute
-
+    from agent.maitred.netlink import AsyncIPRoute
     from agent.process_supervisor.client import AsyncClient
 
 _log = logging.getLogger(__name__)
@@ -43,8 +42,7 @@ def reset_ipv6(interface: str) -> None:
 
 async def forget_neighbours(interface: str) -> None:
     """Empties the interface's ARP and NDP tables. Raises NotNow: no such interface; Failed."""
-    from pyroute2 import AsyncIPRoute
-    from pyroute2.netlink.exceptions import NetlinkError
+    from agent.maitred.netlink import AsyncIPRoute, NetlinkError
 
     try:
         async with AsyncIPRoute() as ip:
@@ -58,7 +56,7 @@ async def forget_neighbours(interface: str) -> None:
 
 
 async def _forget(ip: AsyncIPRoute, index: int, family: int) -> None:
-    from pyroute2.netlink.exceptions import NetlinkError
+    from agent.maitred.netlink import NetlinkError
 
     async for neighbour in await ip.neigh("dump", ifindex=index, family=family):
         if neighbour["state"] & _NUD_KEPT:

@@ -81,7 +81,13 @@ class Termina:
         )
         if os.access(_LXCFS, os.X_OK):
             os.makedirs(_LXCFS_DIR, exist_ok=True)
-            await client.launch([_LXCFS, _LXCFS_DIR], name="lxcfs", respawn=True, backoff=True)
+            await client.launch(
+                [_LXCFS, _LXCFS_DIR],
+                name="lxcfs",
+                respawn=True,
+                backoff=True,
+                stop_stage="last",  # containers look at it until they are down
+            )
         response.status = Response.SUCCESS
 
     def _tremplin_argv(self, subnet: str) -> list[str]:

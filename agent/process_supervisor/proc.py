@@ -54,7 +54,7 @@ def read_processes(*, descendants_only: bool) -> dict[int, ProcessFacts]:
         if init.parent in found:
             found[init.parent].in_container = True
     if descendants_only:
-        return {pid: facts for pid, facts in found.items() if _descends(facts, own, found)}
+        return {pid: facts for pid, facts in found.items() if _descends(facts, {own}, found)}
     return found
 
 
@@ -83,9 +83,9 @@ def _pids_in_namespaces(pid: int) -> list[int]:
     return [int(word) for word in rest.partition(b"\n")[0].split()] or [pid]
 
 
-def _descends(facts: ProcessFacts, ancestor: int, found: dict[int, ProcessFacts]) -> bool:
+def _descends(facts: ProcessFacts, ancestors: set[int], found: dict[int, ProcessFacts]) -> bool:
     for _ in range(len(found) + 1):
-        if facts.parent == ancestor:
+        if facts.parent in ancestors:
             return True
         if facts.parent not in found:
             return False
@@ -96,8 +96,4 @@ def _descends(facts: ProcessFacts, ancestor: int, found: dict[int, ProcessFacts]
 def subtree(pids: Iterable[int], found: dict[int, ProcessFacts]) -> set[int]:
     """The processes in pids and all that descend from them."""
     roots = set(pids)
-    return {
-        pid
-        for pid, facts in found.items()
-        if pid in roots or any(_descends(facts, root, found) for root in roots)
-    }
+    return {pid for pid, facts in found.items() if pid in roots or _descends(facts, roots, found)}

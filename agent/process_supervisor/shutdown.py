@@ -1,8 +1,9 @@
 """The way down, in order and with deadlines:
 
     first    processes with stop_stage first (tremplin, that stops the containers): their signal
-    normal   everything else outside containers: SIGTERM, or the stop signal of a supervised one
-    last     processes with stop_stage last (the log forwarder)
+    normal   everything else outside containers: SIGTERM, or the stop signal of a supervised one;
+             the descendants of those once they are left behind
+    last     processes with stop_stage last (the log forwarder, lxcfs)
     kill     whatever is left, containers included: SIGKILL
 
 A container's processes are waited for in the normal stage, for as long as that may take, but get no
@@ -111,8 +112,10 @@ class Shutdown:
                 processes = self._outside_the_last_stage()
                 if not processes:
                     return
+                led = self._led(processes)
                 for facts in processes.values():
-                    self._ask_to_end(facts)
+                    if facts.pid not in led:
+                        self._ask_to_end(facts)
                 then = self._timers.now()
                 look_at = then + max(_LOOK_AGAIN, 10 * (then - now))
             yield min(deadline, look_at) - now
@@ -124,6 +127,15 @@ class Shutdown:
             processes,
         )
         return {pid: facts for pid, facts in processes.items() if pid not in later}
+
+    def _led(self, processes: dict[int, ProcessFacts]) -> set[int]:
+        """Those that are ended by another that was asked to: what descends from a supervised
+        process, or from the one that keeps a container. LXD for one needs its helpers to take
+        containers down. If their leader leaves them behind, they are orphans, and asked then.
+        """
+        leaders = {process.pid for process in self._table if process.pid is not None}
+        leaders |= {facts.pid for facts in processes.values() if facts.in_container}
+        return subtree(leaders, processes) - leaders
 
     def _ask_to_end(self, facts: ProcessFacts) -> None:
         identity = (facts.pid, facts.started)

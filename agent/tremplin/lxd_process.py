@@ -13,6 +13,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.options import Options
 
+_NAME = "lxd"
+_STOP_SIGNAL = "SIGPWR"
 _STOP_SECONDS = 10.0
 """On SIGPWR LXD stops the containers, each of which has boot.host_shutdown_timeout, 9 s, for it."""
 _SUPERVISOR_SECONDS = 30.0
@@ -44,14 +46,28 @@ def launch(options: Options) -> str:
     with Client.connect(run_dir, timeout=_SUPERVISOR_SECONDS) as client:
         launched = client.launch(
             _command(lxd_dir),
-            name="lxd",
+            name=_NAME,
             env=environment(options),
             respawn=True,
             # SIGTERM would leave the containers running; the order is PID 1's to know.
-            stop_signal="SIGPWR",
+            stop_signal=_STOP_SIGNAL,
             stop_timeout=_STOP_SECONDS,
         )
     return "LXD is running already" if launched.existing else "LXD is being started"
+
+
+def stop(run_dir: str) -> bool:
+    """Has LXD stop the containers and end, when PID 1 of ours runs it; whether that is so.
+
+    Not by requests to LXD: PID 1 sends it the same signal soon after, and an LXD that is told in
+    both ways waits for containers that are down already until boot.host_shutdown_timeout is over.
+    """
+    try:
+        with Client.connect(run_dir, timeout=_SUPERVISOR_SECONDS) as client:
+            client.signal(_NAME, _STOP_SIGNAL)
+    except SupervisorError:
+        return False
+    return True
 
 
 def drop_torn_keys(lxd_dir: str, *, booted_at: float) -> None:

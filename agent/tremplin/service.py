@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 
@@ -11,6 +12,7 @@ import grpc.aio
 from agent.grpc_endpoint import HostChannel, listen, prepare_run_dir
 from agent.pb import tremplin_pb2 as pb
 from agent.pb.tremplin_pb2_grpc import add_TremplinServicer_to_server
+from agent.tremplin import lxd_process
 from agent.tremplin.create import remove_imported_images
 from agent.tremplin.imports import put_right
 from agent.tremplin.lxd_client import LxdClient, LxdError
@@ -41,7 +43,8 @@ _START_CHECK_SECONDS = 5.0
 _LXD_AWAY_SECONDS = 60.0
 """After so long without LXD what it was doing is reported as failed."""
 _STOP_SECONDS = 1.8
-"""What the containers get when the VM goes down, before LXD itself is told to stop them."""
+"""How long to stay and tell the host of what goes down, at the end of the VM."""
+_LOOK_AGAIN_SECONDS = 0.2
 _FAREWELL_SECONDS = 0.2
 
 
@@ -190,21 +193,33 @@ async def _tidy(session: Session) -> None:
 
 
 async def _stop_containers(session: Session) -> None:
-    # LXD stops what is not down by then, with its own, longer limit.
-    try:
-        instances = await session.lxd.get("instances", params={"recursion": "1"})
-    except LxdError as error:
-        _log.warning("cannot stop the containers: %s", error)
-        return
-    running = [found["name"] for found in instances if found["status"] == "Running"]
+    # LXD stops what is not down by then, with its own, longer limit; meanwhile the host is told.
+    running = await _running(session)
     if not running:
         return
     _log.info("stopping %d containers", len(running))
-    stop = {"action": "stop", "force": False, "timeout": 10}
-    tasks = [
-        asyncio.create_task(
-            session.lxd_operations.run("put", "instances", name, "state", json=stop)
-        )
-        for name in running
-    ]
-    await asyncio.wait(tasks, timeout=_STOP_SECONDS)
+    stops: list[asyncio.Task[Any]] = []
+    if not await asyncio.to_thread(lxd_process.stop, session.settings.run_dir):
+        stop = {"action": "stop", "force": False, "timeout": 10}
+        stops += [
+            asyncio.create_task(
+                session.lxd_operations.run("put", "instances", name, "state", json=stop)
+            )
+            for name in running
+        ]
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_STOP_SECONDS):
+            while await _running(session):
+                await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+    for each in stops:
+        each.cancel()
+    await asyncio.gather(*stops, return_exceptions=True)
+
+
+async def _running(session: Session) -> list[str]:
+    """The containers that run; none when LXD does not say."""
+    try:
+        instances = await session.lxd.get("instances", params={"recursion": "1"})
+    except LxdError:
+        return []
+    return [found["name"] for found in instances if found["status"] == "Running"]
