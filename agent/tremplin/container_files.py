@@ -36,6 +36,10 @@ _LARGEST_PACKET = 1024 * 1024
 (_FOR_READING, _FOR_WRITING, _CREATE, _TRUNCATE) = (1, 2, 8, 16)
 
 
+class ClosedError(ConnectionError):
+    """LXD ended the connection, of which nothing has to be wrong with the container."""
+
+
 class FileAttributes(NamedTuple):
     """What lstat(2) says, as far as it is needed."""
 
@@ -213,13 +217,13 @@ class ContainerFiles:
     def _receive(self) -> tuple[int, bytes]:
         head = self._stream.read(5)
         if len(head) < 5:
-            raise ConnectionError("LXD closed its file interface")
+            raise ClosedError("LXD closed its file interface")
         length, kind = struct.unpack(">IB", head)
         if not 0 < length <= _LARGEST_PACKET:
             raise ConnectionError("LXD's file interface sends nonsense")
         body = self._stream.read(length - 1)
         if len(body) < length - 1:
-            raise ConnectionError("LXD closed its file interface")
+            raise ClosedError("LXD closed its file interface")
         return kind, body
 
     def _ask(self, kind: int, body: bytes) -> tuple[int, bytes]:

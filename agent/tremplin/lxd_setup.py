@@ -21,8 +21,9 @@ _MAPPED_IDS = (655360, 665357)
 """The uids and gids that are the same in the VM and in its containers, besides 1000 and 1001."""
 _SERVER_CONFIG = {
     "images.auto_update_interval": "0",
-    # Minutes that LXD waits for its operations when it is told to stop.
-    "core.shutdown_timeout": "1",
+    # Minutes that LXD, told to stop, waits for operations before it stops the containers. A login
+    # is one, which ends with its container only.
+    "core.shutdown_timeout": "0",
 }
 
 

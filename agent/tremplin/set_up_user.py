@@ -10,6 +10,8 @@ from __future__ import annotations
 import posixpath
 import stat
 
+import tenacity
+
 from agent.tremplin.accounts import (
     PRIMARY_ID,
     AccountError,
@@ -19,7 +21,7 @@ from agent.tremplin.accounts import (
     find_user,
     plan,
 )
-from agent.tremplin.container_files import ContainerFiles
+from agent.tremplin.container_files import ClosedError, ContainerFiles
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +34,15 @@ _WRITE_ORDER = ("group", "gshadow", "shadow", "passwd")
 _NEW = ".new-by-tremplin"
 _LINKS = 16
 """How many symbolic links may lead to an account file."""
+
+_RETRYING = tenacity.Retrying(
+    # LXD shares one file server of a container among clients, and ends it with the last of them: a
+    # client that comes while another, killed, goes is cut off. Every step can be done again.
+    retry=tenacity.retry_if_exception_type(ClosedError),
+    stop=tenacity.stop_after_attempt(5),
+    wait=tenacity.wait_fixed(0.5),
+    reraise=True,
+)
 
 
 def set_up_user(
@@ -48,6 +59,17 @@ def set_up_user(
     look: is shown the files, for what else is of interest in them.
     Raises AccountError, OSError; their text holds no person's name unless it is a path's.
     """
+    return _RETRYING(_set_up_user, socket_path, container, username, flush=flush, look=look)
+
+
+def _set_up_user(
+    socket_path: str,
+    container: str,
+    username: str,
+    *,
+    flush: Callable[[], None],
+    look: Callable[[ContainerFiles], None],
+) -> Plan:
     with ContainerFiles(socket_path, container) as files:
         look(files)
         before = _read_accounts(files)
@@ -71,6 +93,10 @@ def set_up_user(
 
 def read_primary_user(socket_path: str, container: str) -> User | None:
     """The container's user with uid 1000. Raises OSError."""
+    return _RETRYING(_read_primary_user, socket_path, container)
+
+
+def _read_primary_user(socket_path: str, container: str) -> User | None:
     with ContainerFiles(socket_path, container) as files:
         return find_user(_decode(files.read("/etc/passwd")), PRIMARY_ID)
 
