@@ -37,7 +37,7 @@ _LARGEST_PACKET = 1024 * 1024
 
 
 class ClosedError(ConnectionError):
-    """LXD ended the connection, of which nothing has to be wrong with the container."""
+    """LXD refused or ended the connection, which may pass: it is busy with the container."""
 
 
 class FileAttributes(NamedTuple):
@@ -209,7 +209,7 @@ class ContainerFiles:
             reason = json.loads(self._stream.read(length))["error"]
         except (ValueError, LookupError, TypeError):
             reason = status
-        raise ConnectionError(f"LXD refuses its file interface: {reason}")
+        raise ClosedError(f"LXD refuses its file interface: {reason}")
 
     def _send(self, kind: int, body: bytes) -> None:
         self._socket.sendall(struct.pack(">IB", len(body) + 1, kind) + body)

@@ -37,9 +37,10 @@ _LINKS = 16
 
 _RETRYING = tenacity.Retrying(
     # LXD shares one file server of a container among clients, and ends it with the last of them: a
-    # client that comes while another, killed, goes is cut off. Every step can be done again.
+    # client that comes while another, killed, goes is cut off; and while it renames a container, as
+    # it goes on to when tremplin was killed, it refuses. Every step can be done again.
     retry=tenacity.retry_if_exception_type(ClosedError),
-    stop=tenacity.stop_after_attempt(5),
+    stop=tenacity.stop_after_attempt(10),
     wait=tenacity.wait_fixed(0.5),
     reraise=True,
 )
