@@ -7,8 +7,10 @@
     kill     whatever is left, containers included: SIGKILL
 
 A container's processes are waited for in the normal stage, for as long as that may take, but get no
-signal before SIGKILL: their own init takes them down. What comes after the processes are gone (the
-filesystems, the power) is in power_off.py.
+signal before SIGKILL: their own init takes them down. The process that keeps a container is one of
+them to its end, as it has its hooks to run when the container is down.
+
+What comes after the processes are gone (the filesystems, the power) is in power_off.py.
 """
 
 from __future__ import annotations
@@ -62,6 +64,7 @@ class Shutdown:
         self._descendants_only = descendants_only
         self._finished = finished
         self._signalled: set[tuple[int, int]] = set()
+        self._of_containers: set[tuple[int, int]] = set()
         self._killed: list[str] = []
         self._timer: Timer | None = None
         self._steps = self._run()
@@ -85,6 +88,7 @@ class Shutdown:
 
     def _run(self) -> Iterator[float]:
         """Each yield waits for poke, at most for the seconds it yields."""
+        self._processes()  # who keeps a container: cannot be seen any more once that is down
         yield from self._supervised_stage("first")
         yield from self._normal_stage()
         yield from self._supervised_stage("last")
@@ -180,6 +184,12 @@ class Shutdown:
         for process in self._table:
             if process.pid is not None and process.pid not in found:
                 found[process.pid] = ProcessFacts(process.pid, 0, process.key, 0)
+        for facts in found.values():
+            identity = (facts.pid, facts.started)
+            if facts.in_container:
+                self._of_containers.add(identity)
+            elif identity in self._of_containers:
+                facts.in_container = True
         return found
 
 

@@ -100,20 +100,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[asyncio.R
         vm = Vm(tmp_path_factory.mktemp("vm"), before=before)
         runner.run(vm.__aenter__())
         try:
-            runner.run(_started(vm))
             yield runner, vm
             console = vm.console.read_text(errors="replace")
             assert "Traceback" not in console
             assert "maitred exited" not in console
         finally:
             runner.run(vm.__aexit__())
-
-
-async def _started(vm: Vm) -> None:
-    """Returns when maitred and the remote shell, which it starts by itself, are there."""
-    async with asyncio.timeout(30):
-        while not (vm.directory / "shell.sock").exists():
-            await asyncio.sleep(0.01)
 
 
 def _state(vm: Vm) -> dict[str, str]:

@@ -47,7 +47,7 @@ def _loop_device(image: Path, size: int) -> Iterator[str]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[str]:
-    with _loop_device(tmp_path / "disk.img", 128 * MIB) as device:
+    with _loop_device(tmp_path / "disk.img", 320 * MIB) as device:
         yield device
 
 
@@ -169,7 +169,7 @@ def test_a_disk_that_has_grown_is_used_whole(tmp_path: Path, disk: str) -> None:
     async def scenario(vm: Vm) -> None:
         first = await _start(vm, disk)
         with (tmp_path / "disk.img").open("ab") as image:
-            image.truncate(384 * MIB)
+            image.truncate(640 * MIB)
         _run("losetup", "--set-capacity", disk)
         second = await _start(vm, disk)
         assert second.status == Response.SUCCESS
@@ -261,7 +261,7 @@ def _damage_tree_root(disk: str) -> None:
 def test_a_btrfs_beyond_repair_says_what_to_do(tmp_path: Path, disk: str) -> None:
     _run("mkfs.btrfs", "-q", "--nodiscard", disk)
     descriptor = os.open(disk, os.O_WRONLY)
-    for megabyte in range(1, 128):  # everything but the superblocks
+    for megabyte in range(1, 320):  # everything but the superblocks
         if megabyte != 64:
             os.pwrite(descriptor, bytes(MIB), megabyte * MIB)
     os.fsync(descriptor)

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import struct
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ import pytest
 from agent.pb import vsh_pb2
 from host import shell
 from tests.namespace.vm_in_namespaces import PRIVATE_FILES, Vm, in_vm
+
+
+def _in_vm(
+    directory: Path, scenario: Callable[[Vm], Coroutine[Any, Any, None]], *, before: str = ""
+) -> None:
+    listen = f"maitred.shell_listen=unix:{directory}/shell.sock"
+    in_vm(directory, scenario, before=before, options=[listen])
 
 
 async def _connect(vm: Vm) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -61,7 +69,7 @@ def test_output_errors_and_exit_codes(tmp_path: Path) -> None:
         code, out, _ = await _run(vm, "seq", "200000")
         assert (code, out) == (0, b"".join(b"%d\n" % n for n in range(1, 200001)))
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)
 
 
 def test_input_and_its_end(tmp_path: Path) -> None:
@@ -77,7 +85,7 @@ def test_input_and_its_end(tmp_path: Path) -> None:
         assert await _result(session) == (0, data, b"")
         await feeding
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)
 
 
 def test_a_process_that_does_not_read_slows_the_host_down(tmp_path: Path) -> None:
@@ -94,7 +102,7 @@ def test_a_process_that_does_not_read_slows_the_host_down(tmp_path: Path) -> Non
             while _in_session(vm, session.pid):
                 await asyncio.sleep(0.05)
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)
 
 
 def test_a_terminal_its_size_and_its_signals(tmp_path: Path) -> None:
@@ -122,7 +130,7 @@ def test_a_terminal_its_size_and_its_signals(tmp_path: Path) -> None:
         assert b"40 100" in seen
         assert seen.rstrip().endswith(b"50 120")
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)
 
 
 def test_a_login_shell_in_a_terminal(tmp_path: Path) -> None:
@@ -134,7 +142,7 @@ def test_a_login_shell_in_a_terminal(tmp_path: Path) -> None:
         assert b"-" in out
         assert b"/root" in out
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)
 
 
 def test_user_directory_and_environment(tmp_path: Path) -> None:
@@ -159,7 +167,7 @@ def test_user_directory_and_environment(tmp_path: Path) -> None:
         code, out, _ = await _run(vm, "sh", "-c", 'stat -c %U "$(tty)"', user="games", pty=True)
         assert out.strip() == b"games"
 
-    in_vm(tmp_path, scenario, before=PRIVATE_FILES.replace("mount --rbind /run/dev /dev", ":"))
+    _in_vm(tmp_path, scenario, before=PRIVATE_FILES.replace("mount --rbind /run/dev /dev", ":"))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +188,7 @@ def test_what_cannot_be_is_said(tmp_path: Path, fields: dict[str, Any], why: str
                 await shell.open_session(await _connect(vm), request)
             assert why in str(caught.value)
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)
 
 
 def test_signals_without_a_terminal(tmp_path: Path) -> None:
@@ -193,7 +201,7 @@ def test_signals_without_a_terminal(tmp_path: Path) -> None:
             session.send_signal(signal.SIGTERM)
         await session.close()
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)
 
 
 def _in_session(vm: Vm, session: int) -> list[str]:
@@ -217,7 +225,7 @@ def test_a_host_that_vanishes_ends_all_of_its_session(tmp_path: Path, pty: bool)
                 await asyncio.sleep(0.05)
         assert await _run(vm, "echo", "still here") == (0, b"still here\n", b"")
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)
 
 
 def test_a_hundred_sessions_at_once(tmp_path: Path) -> None:
@@ -234,14 +242,14 @@ def test_a_hundred_sessions_at_once(tmp_path: Path) -> None:
             assert code == 0
             assert f"{number} hello".encode() in out
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)
 
 
 def test_what_is_left_in_the_background_does_not_hold_up_the_end(tmp_path: Path) -> None:
     async def scenario(vm: Vm) -> None:
         assert await _run(vm, "sh", "-c", "sleep 1000 & echo done") == (0, b"done\n", b"")
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)
 
 
 @pytest.mark.parametrize(
@@ -265,4 +273,4 @@ def test_what_is_no_frame_ends_the_connection_only(tmp_path: Path, data: bytes) 
         writer.close()
         assert await _run(vm, "echo", "still here") == (0, b"still here\n", b"")
 
-    in_vm(tmp_path, scenario)
+    _in_vm(tmp_path, scenario)

@@ -95,6 +95,48 @@ def test_the_stages_come_in_order(pid_one: PidOne, tmp_path: Path) -> None:
     assert "plain" not in killed
 
 
+KEEPS = """
+import ctypes, os, sys, time
+log = open(os.environ["LOG"], "a", buffering=1)
+assert ctypes.CDLL(None).unshare(0x20000000) == 0  # CLONE_NEWPID
+pid = os.fork()
+if pid == 0:
+    os.execvp("sleep", ["sleep", "1000"])
+print("container", pid, file=log)
+os.waitpid(pid, 0)
+print("container down", file=log)
+time.sleep(0.5)
+print("hooks done", file=log)
+"""
+"""As liblxc's monitor does: has work to do after the container's init has ended."""
+
+
+def test_the_keeper_of_a_container_is_left_to_its_hooks(pid_one: PidOne, tmp_path: Path) -> None:
+    log = Log(tmp_path / "log")
+    trap = 'trap "kill -9 $CONTAINER; sleep 0.1; exit 0" PWR'
+    with pid_one.client() as client:
+        client.launch(
+            ["sh", "-c", '(setsid python3 -c "$0" >/dev/null 2>&1 &)', KEEPS],
+            env=log.env("keeper", obey=False),
+            wait=True,
+        )
+        wait_until("the container runs", lambda: len(log.lines()) == 1)
+        (line,) = log.lines()
+        client.launch(
+            ["sh", "-c", f"{trap}; echo trapped; while :; do sleep 0.01; done"],
+            env={"CONTAINER": line.split()[1]},
+            name="tremplin",
+            stop_signal="SIGPWR",
+            stop_timeout=5,
+            stop_stage="first",
+        )
+        wait_until("the trap is set", lambda: b"trapped" in client.output("tremplin")[1])
+        client.shutdown("test")
+    assert pid_one.wait() == 0
+    assert log.lines()[1:] == ["container down", "hooks done"]
+    assert last_line(pid_one).endswith("init: exit: clean")
+
+
 def test_what_obeys_is_clean_and_quick(pid_one: PidOne, tmp_path: Path) -> None:
     with pid_one.client() as client:
         for number in range(100):

@@ -106,7 +106,6 @@ class Vm:
             f"maitred.startup_dir={directory}/startup",
             f"maitred.resolv_conf={directory}/resolv.conf",
             f"maitred.stateful_dir={directory}/stateful",
-            f"maitred.shell_listen=unix:{directory}/shell.sock",
             *options,
         ]
 

@@ -95,16 +95,19 @@ def test_in_a_terminal(kept: dict[str, str]) -> None:
     with subprocess.Popen(
         _termina("shell", "--guest"), env=kept, stdin=inner, stdout=inner, stderr=inner
     ) as running:
-        os.close(inner)
-        _read_until(terminal, b"# ")
-        os.write(terminal, b"stty size\r")
-        _read_until(terminal, b"33 99")
-        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-        running.send_signal(signal.SIGWINCH)  # the kernel's part, for a controlling terminal
-        os.write(terminal, b"sleep 1; stty size; sleep 1000\r")
-        _read_until(terminal, b"40 120")
-        os.write(terminal, b"\x03")
-        os.write(terminal, b"echo back-$((40 + 2)); exit 4\r")
-        _read_until(terminal, b"back-42")
-        assert running.wait(timeout=60) == 4
+        try:
+            os.close(inner)
+            _read_until(terminal, b"# ")
+            os.write(terminal, b"stty size\r")
+            _read_until(terminal, b"33 99")
+            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+            running.send_signal(signal.SIGWINCH)  # the kernel's part, for a controlling terminal
+            os.write(terminal, b"sleep 1; sh -c 'stty size; exec sleep 1000'\r")
+            _read_until(terminal, b"40 120")
+            os.write(terminal, b"\x03")
+            os.write(terminal, b"echo back-$((40 + 2)); exit 4\r")
+            _read_until(terminal, b"back-42")
+            assert running.wait(timeout=60) == 4
+        finally:
+            running.kill()
     os.close(terminal)
