@@ -116,7 +116,7 @@ async def run_in_guest(
     what = f"run {argv[0]} in the VM"
     for _ in range(_TRIES):
         start = vm.console.position
-        launched = await vm.alive(
+        launched = await vm.answer(
             vm.maitred.LaunchProcess(
                 vm_guest_pb2.LaunchProcessRequest(
                     argv=["/bin/sh", "-c", _forget(vm) + script(argv, mark)],
@@ -124,6 +124,7 @@ async def run_in_guest(
                     use_console=True,
                 ),
                 timeout=CALL_SECONDS,
+                wait_for_ready=True,  # a maitred that has just died is started again
             ),
             timeout=CALL_SECONDS,
             what=what,

@@ -16,9 +16,6 @@ import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import grpc
-import grpc.aio
-
 from agent.pb import tremplin_pb2, vm_guest_pb2
 from host.commands import CALL_SECONDS, LXC_ENVIRONMENT
 from host.disks import make_shared_image, make_tools_image
@@ -27,7 +24,7 @@ from host.qemu import Disk
 from host.status import ContainerStatus, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from host.vm import Vm
@@ -122,11 +119,6 @@ def dotted(address: int) -> str:
     return socket.inet_ntoa(struct.pack("<I", address))
 
 
-def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """A failed call's reason in one line."""
-    return f"{error.code().name}: {' '.join((error.details() or 'no details').split())}"
-
-
 class Host:
     """One host that brings up one container in one boot of a VM."""
 
@@ -174,25 +166,17 @@ class Host:
 
     # ---- Maitred ------------------------------------------------------------------------------
 
-    async def _call(self, call: Awaitable[Any], *, what: str, timeout: float) -> Any:
-        try:
-            return await self._vm.alive(call, timeout=timeout + 1, what=what)
-        except grpc.aio.AioRpcError as error:
-            if not self._vm.running:
-                raise self._vm.death() from None
-            raise HostError(f"cannot {what}: {reason_of(error)}") from None
-
     async def _maitred(
         self, method: str, request: Any, *, what: str, timeout: float = CALL_SECONDS
     ) -> Any:
         stub = getattr(self._vm.maitred, method)
-        return await self._call(stub(request, timeout=timeout), what=what, timeout=timeout)
+        return await self._vm.answer(stub(request, timeout=timeout), what=what, timeout=timeout)
 
     async def _tremplin(
         self, method: str, request: Any, *, what: str, timeout: float = CALL_SECONDS
     ) -> Any:
         stub = getattr(self._vm.tremplin, method)
-        return await self._call(stub(request, timeout=timeout), what=what, timeout=timeout)
+        return await self._vm.answer(stub(request, timeout=timeout), what=what, timeout=timeout)
 
     async def mount_disks(self) -> None:
         """The small read-only disks."""

@@ -288,6 +288,22 @@ class Vm:
                 each.cancel()
             await asyncio.gather(task, ended, return_exceptions=True)
 
+    async def answer(
+        self, call: Awaitable[_T] | Coroutine[Any, Any, _T], *, timeout: float, what: str
+    ) -> _T:
+        """The answer to a gRPC call to the guest that has a deadline of its own.
+
+        timeout: seconds, the call's; what: what the call is to do, for the error.
+        Raises VmDiedError, HostError when there is none in time or when the call fails.
+        """
+        try:
+            return await self.alive(call, timeout=timeout + 1, what=what)
+        except grpc.aio.AioRpcError as error:
+            if not self.running:
+                raise self.death() from None
+            details = " ".join((error.details() or "no details").split())
+            raise HostError(f"cannot {what}: {error.code().name}: {details}") from None
+
     async def ready(self, *, timeout: float = 120.0) -> float:
         """Waits for VmReady; returns the seconds since QEMU was started.
 
@@ -308,7 +324,7 @@ class Vm:
         """
         if self.running:
             try:
-                await self.alive(
+                await self.answer(
                     # A maitred that has just died is started again.
                     self.maitred.Shutdown(
                         common_pb2.EmptyMessage(), timeout=timeout, wait_for_ready=True
@@ -316,7 +332,7 @@ class Vm:
                     timeout=timeout,
                     what="shut down the VM",
                 )
-            except (HostError, grpc.aio.AioRpcError):
+            except HostError:
                 pass  # it may be gone before its answer is through; what counts is the console
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout):

@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from host.build_files import BUILD_DIR
+
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -128,22 +130,28 @@ def test_vm_that_dies_is_noticed_at_once(home: dict[str, str]) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left")
-def test_kernel_that_cannot_boot_is_told_with_its_panic(
-    home: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("rootfs.img", bytes(1 << 20), "initrd: cannot mount /dev/vda: Invalid argument"),
+        ("cmdline", b"console=ttyS0 panic=-1 rdinit=/nothing", "Kernel panic - not syncing: VFS:"),
+    ],
+)
+def test_vm_that_cannot_boot_says_why(
+    home: dict[str, str], tmp_path: Path, file: str, content: bytes, why: str
 ) -> None:
-    """A panic is an error with the line that says why."""
-    from host.build_files import BUILD_DIR
-
+    """An error with the line of the guest that says why, a kernel's panic included."""
     (tmp_path / "image").mkdir()
     for path in (BUILD_DIR / "image").iterdir():
         (tmp_path / "image" / path.name).symlink_to(path)
-    (tmp_path / "image" / "rootfs.img").unlink()
-    (tmp_path / "image" / "rootfs.img").write_bytes(bytes(1 << 20))
+    (tmp_path / "image" / file).unlink()
+    (tmp_path / "image" / file).write_bytes(content)
     (tmp_path / "container-image").symlink_to(BUILD_DIR / "container-image")
     done = subprocess.run(
         _termina("run", "--fresh", "--vm", "other", "--build-dir", str(tmp_path)),
         env=home, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "its kernel panicked" in done.stderr
-    assert "Kernel panic - not syncing" in done.stderr
+    assert "cannot go on: the VM is gone, " in done.stderr
+    assert ("its kernel panicked" in done.stderr) == ("panic" in why)
+    assert why in done.stderr
