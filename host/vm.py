@@ -351,9 +351,6 @@ class Vm:
         await self._clean_up()
 
     async def _clean_up(self) -> None:
-        for channel in self._channels:
-            await channel.close()
-        self._channels.clear()
         if self._qemu is not None:
             await self._qemu.kill()
         if self._watch is not None:
@@ -366,6 +363,10 @@ class Vm:
         if self._daemon is not None:
             await self._daemon.stop()
             self._daemon = None
+        # Last, so that who waits for an answer is told of the VM's end, not of a cancelled call.
+        for channel in self._channels:
+            await channel.close()
+        self._channels.clear()
 
     def monitor(self) -> Monitor:
         """A session with QEMU's monitor, for plugging devices."""

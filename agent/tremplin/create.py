@@ -15,7 +15,7 @@ import re
 from typing import NamedTuple
 
 from agent.pb import tremplin_pb2 as pb
-from agent.tremplin import markers
+from agent.tremplin import images, markers
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.names import IN_PROGRESS, is_in_progress
 from agent.tremplin.operation import Operation, OperationError, OperationTimedOutError, Outcome
@@ -33,8 +33,6 @@ _log = logging.getLogger(__name__)
 _TICK_SECONDS = 1.0
 """While a download runs the host hears of it at least so often."""
 _PROGRESS = re.compile(r"(metadata|rootfs)[^:]*: (\d+)%")
-_FILE_IMPORT = "tremplin-import"
-"""The property of images that came from files: they go when the container is there."""
 
 
 class FromServer(NamedTuple):
@@ -91,6 +89,8 @@ class Create(Operation):
         operation = await self._operation_of(going_on) if going_on else None
         if not self.session.left_overs_removed or self.resumed:
             await self._remove_left_overs(also_mine=operation is None)
+            if not self.session.left_overs_removed and operation is None:
+                await images.remove_doubtful_images(self.session)
             self.session.left_overs_removed = True
         await self._remove_unfinished()
         if isinstance(self._source, FromServer):
@@ -102,6 +102,8 @@ class Create(Operation):
         await self.session.lxd_operations.run(
             "post", "instances", self._name, json={"name": self.container}
         )
+        # Not now: writing it all to the disk takes seconds, and the container is there.
+        self.session.in_background(images.keep_image_of(self.session, self.container))
 
     async def clean_up(self) -> None:
         """See Operation."""
@@ -218,7 +220,7 @@ class Create(Operation):
                 await operation.abort()
                 raise
         finally:
-            await remove_imported_images(self.session, fingerprint)
+            await images.remove_imported_images(self.session, fingerprint)
 
     async def _start_creation(self, source: dict[str, str]) -> LxdOperation:
         return await self.session.lxd_operations.start(
@@ -300,16 +302,6 @@ class Create(Operation):
         return str(state["metadata"]["fingerprint"])
 
 
-async def remove_imported_images(session: Session, fingerprint: str | None = None) -> None:
-    """Removes images that came from files, all or one. Raises LxdError."""
-    for image in await session.lxd.get("images", params={"recursion": "1"}):
-        if _FILE_IMPORT not in (image.get("properties") or {}):
-            continue
-        if fingerprint in {None, image["fingerprint"]}:
-            with contextlib.suppress(LxdNotFoundError):
-                await session.lxd_operations.run("delete", "images", image["fingerprint"])
-
-
 def image_server(url: str, *, lsb_release: str = "/etc/lsb-release") -> str:
     """The URL of an image server with the image's milestone in the place of %d, if it has one."""
     if "%d" not in url:
@@ -369,7 +361,7 @@ def _post_image(session: Session, source: FromFiles) -> dict[str, Any]:
         )
         headers = {
             "Content-Type": body.content_type,
-            "X-LXD-properties": f"{_FILE_IMPORT}=true",
+            "X-LXD-properties": f"{images.FILE_IMPORT}=true",
             "X-LXD-filename": os.path.basename(source.rootfs_path),
         }
         answer = session.lxd.call("post", ("images",), data=body, headers=headers).json()

@@ -13,7 +13,7 @@ from agent.grpc_endpoint import HostChannel, listen, prepare_run_dir
 from agent.pb import tremplin_pb2 as pb
 from agent.pb.tremplin_pb2_grpc import add_TremplinServicer_to_server
 from agent.tremplin import lxd_process
-from agent.tremplin.create import remove_imported_images
+from agent.tremplin.images import remove_imported_images
 from agent.tremplin.imports import put_right
 from agent.tremplin.lxd_client import LxdClient, LxdError
 from agent.tremplin.lxd_events import EventStream

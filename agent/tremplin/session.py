@@ -14,6 +14,7 @@ from agent.tremplin.lxd_operations import LxdOperations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from typing import Any, TypeVar
 
     from agent.options import Options
@@ -71,6 +72,13 @@ class Session:
         self.journal = Journal(f"{settings.run_dir}/tremplin-operations.json")
         self.running: set[Operation] = set()
         """Our long operations that have not ended."""
+        self._background: set[asyncio.Task[None]] = set()
+
+    def in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begins work for which nobody waits, and which deals with its errors itself."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def operation(self, kind: type[OperationT], container: str) -> OperationT | None:
         """The operation of that kind that is under way on a container."""

@@ -71,7 +71,11 @@ def test_power_cuts(
         before = test_vm.vm.console.position
         await boot(test_vm.vm)
         flow = asyncio.ensure_future(test_vm.host().bring_up())
-        await test_vm.vm.alive(moment(test_vm, before), timeout=120, what="get to the moment")
+        waiting = asyncio.ensure_future(moment(test_vm, before))
+        await asyncio.wait([flow, waiting], timeout=120, return_when=asyncio.FIRST_COMPLETED)
+        if flow.done():
+            flow.result()  # a flow that was not stopped failed; or the moment was missed
+        assert waiting.done(), "the moment did not come"
         await test_vm.vm.kill()
         with contextlib.suppress(VmDiedError):
             await flow

@@ -1,0 +1,89 @@
+"""The images that LXD keeps. Those that came from files go when the container is there; those from
+a server stay for the next container, if they are sure to be whole.
+
+LXD writes in its database, with fsync(2), that it has an image; the image's files and its copy in
+the storage pool reach the disk whenever the kernel likes. After a power cut an image may be in the
+database of which there is nothing, or half. So one that is known to be on the disk gets a property,
+and one without it that is older than this boot is removed before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from datetime import datetime
+
+from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from agent.tremplin.session import Session
+
+_log = logging.getLogger(__name__)
+
+FILE_IMPORT = "tremplin-import"
+"""The property of images that came from files."""
+_ON_DISK = "tremplin-on-disk"
+
+
+async def remove_imported_images(session: Session, fingerprint: str | None = None) -> None:
+    """Removes images that came from files, all or one. Raises LxdError."""
+    for image in await _images(session):
+        if FILE_IMPORT in _properties(image) and fingerprint in {None, image["fingerprint"]}:
+            await _remove(session, image)
+
+
+async def remove_doubtful_images(session: Session) -> None:
+    """Removes images that a power cut may have left incomplete. Raises LxdError."""
+    booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    for image in await _images(session):
+        if _ON_DISK in _properties(image) or _stored_at(image) >= booted_at:
+            continue
+        _log.warning(
+            "image %.12s may be incomplete after a power cut; removed", image["fingerprint"]
+        )
+        await _remove(session, image)
+
+
+async def keep_image_of(session: Session, container: str) -> None:
+    """Puts the image that a container was made of onto the disk, for good, and marks it so."""
+    try:
+        instance = await session.instance(container)
+        fingerprint = (instance or {}).get("config", {}).get("volatile.base_image", "")
+        if not fingerprint:
+            return
+        image = await session.lxd.get("images", fingerprint)
+        if _ON_DISK in _properties(image):
+            return
+        await session.lxd.in_thread(session.flush)
+        properties = _properties(image) | {_ON_DISK: "true"}
+        await session.lxd.request("patch", "images", fingerprint, json={"properties": properties})
+    except LxdNotFoundError:
+        pass
+    except (LxdError, OSError) as error:
+        _log.warning("cannot keep the image of %s for the next boot: %s", container, error)
+
+
+async def _images(session: Session) -> list[dict[str, Any]]:
+    images = await session.lxd.get("images", params={"recursion": "1"})
+    assert isinstance(images, list)
+    return images
+
+
+def _properties(image: dict[str, Any]) -> dict[str, str]:
+    return image.get("properties") or {}
+
+
+def _stored_at(image: dict[str, Any]) -> float:
+    try:
+        return datetime.fromisoformat(image["uploaded_at"]).timestamp()
+    except (KeyError, ValueError):
+        return 0.0
+
+
+async def _remove(session: Session, image: dict[str, Any]) -> None:
+    with contextlib.suppress(LxdNotFoundError):
+        await session.lxd_operations.run("delete", "images", image["fingerprint"])
