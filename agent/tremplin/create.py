@@ -111,6 +111,8 @@ class Create(Operation):
         await self._remove_left_overs(also_mine=True)
         if self._naming:
             await self._remove_unfinished()
+        if not self._taken():
+            await images.remove_unused_images(self.session)
 
     def report_end(self, outcome: Outcome, reason: str) -> None:
         """See Operation."""

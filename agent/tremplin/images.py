@@ -48,6 +48,16 @@ async def remove_doubtful_images(session: Session) -> None:
         await _remove(session, image)
 
 
+async def remove_unused_images(session: Session) -> None:
+    """Removes images of which no container was made so far. Raises LxdError.
+
+    After a failed creation, when no other runs: the image may be what there is no room for.
+    """
+    for image in await _images(session):
+        if _ON_DISK not in _properties(image):
+            await _remove(session, image)
+
+
 async def keep_image_of(session: Session, container: str) -> None:
     """Puts the image that a container was made of onto the disk, for good, and marks it so."""
     try:

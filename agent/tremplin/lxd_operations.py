@@ -21,6 +21,9 @@ _log = logging.getLogger(__name__)
 _PENDING, _RUNNING, _SUCCESS, _FAILURE, _CANCELLED = 105, 103, 200, 400, 401
 _ABORT_SECONDS = 300.0
 """What LXD has to end an operation that cannot be cancelled: an image being unpacked."""
+_PENDING_SECONDS = 2.0
+"""An operation begins at once when LXD has written it down."""
+_PENDING_LOOKS = 10
 _REMEMBERED = 256
 """Ended operations nobody asked about yet: an event may overtake the answer that names its id."""
 
@@ -94,10 +97,24 @@ class LxdOperation:
         try:
             await self.cancel()
         except LxdError as error:
+            if await self._never_began():
+                return
             _log.info("waiting for LXD to end what cannot be cancelled: %s", error)
         with contextlib.suppress(LxdError, TimeoutError):
             async with asyncio.timeout(_ABORT_SECONDS):
                 await self.wait()
+
+    async def _never_began(self) -> bool:
+        # One that LXD could not write down, the disk being full, stays pending for ever.
+        for _ in range(_PENDING_LOOKS):
+            try:
+                state = await self._client.get("operations", self.identity)
+            except LxdError:
+                return False
+            if state["status_code"] != _PENDING:
+                return False
+            await asyncio.sleep(_PENDING_SECONDS / _PENDING_LOOKS)
+        return True
 
 
 class LxdOperations:

@@ -14,6 +14,8 @@ import enum
 import logging
 from abc import ABC, abstractmethod
 
+import tenacity
+
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.lxd_operations import LxdCancelledError
 
@@ -89,6 +91,7 @@ class Operation(ABC):
     def start(self) -> None:
         """Begins to work."""
         self.session.running.add(self)
+        self.session.latest[self.container] = self
         self.note()
         self._task = asyncio.create_task(self._run())
 
@@ -131,19 +134,38 @@ class Operation(ABC):
         outcome, reason = await self._outcome()
         if outcome is not Outcome.DONE:
             reason = f"cannot {self.verb} container {self.container}: {reason}"
-            try:
-                # LXD itself may be what failed; it is back soon.
-                async with asyncio.timeout(_LXD_SECONDS):
-                    await self.session.lxd_is_up.wait()
-                await self.clean_up()
-            except (LxdError, OSError) as error:  # a TimeoutError is an OSError
-                _log.warning("%s; cannot clean up after it: %s", reason, error)
+            await self._undo(reason)
             _log.warning("%s", reason)
         self.outcome = outcome
         self.reason = reason
         self.session.running.discard(self)
         self.ended.set()
         self.report_end(outcome, reason)
+
+    async def _undo(self, reason: str) -> None:
+        try:
+            # LXD itself may be what failed; it is back soon.
+            async with asyncio.timeout(_LXD_SECONDS):
+                await self.session.lxd_is_up.wait()
+            await self.clean_up()
+        except (LxdError, OSError) as error:  # a TimeoutError is an OSError
+            _log.warning("%s; cannot clean up after it yet: %s", reason, error)
+            self.session.in_background(self._undo_later())
+        except Exception:  # noqa: BLE001  an operation always ends in a report
+            _log.exception("%s; cannot clean up after it", reason)
+
+    async def _undo_later(self) -> None:
+        # On a full disk LXD cannot even write down that it removes something.
+        delays = tenacity.wait_exponential(multiplier=0.5, max=10.0)
+        async for attempt in tenacity.AsyncRetrying(
+            wait=delays, retry=tenacity.retry_if_exception_type((LxdError, OSError))
+        ):
+            with attempt:
+                if self.session.latest.get(self.container) is not self:
+                    return  # what came after it has dealt with what it left
+                await self.session.lxd.in_thread(self.session.flush)
+                await self.clean_up()
+        _log.info("cleaned up after container %s", self.container)
 
     async def _outcome(self) -> tuple[Outcome, str]:
         try:

@@ -72,6 +72,8 @@ class Session:
         self.journal = Journal(f"{settings.run_dir}/tremplin-operations.json")
         self.running: set[Operation] = set()
         """Our long operations that have not ended."""
+        self.latest: dict[str, Operation] = {}
+        """The last one of each container, ended or not."""
         self._background: set[asyncio.Task[None]] = set()
 
     def in_background(self, work: Coroutine[Any, Any, None]) -> None:

@@ -200,6 +200,8 @@ def test_disk_full(tremplin: Tremplin) -> None:
         assert "no space left on device" in end.message.failure_reason.lower()
     finally:
         machine.run("rm", "-f", ballast)
+    # As long as the disk is full LXD cannot remove anything.
+    wait_until(lambda: machine.containers() == {} and machine.images() == [], "the clean-up")
     _nothing_is_left(tremplin)
     _works_now(tremplin, "full")
 
