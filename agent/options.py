@@ -4,6 +4,8 @@ arguments, and the addresses in them. Imports next to nothing: PID 1 reads optio
 
 from __future__ import annotations
 
+import sys
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -228,3 +230,12 @@ def usage(program: str, summary: str, table: Iterable[Option]) -> str:
     for key, default, text in rows:
         lines.append(f"  {key:<{width}}  {text}" + (f" [{default}]" if default else ""))
     return "\n".join(lines)
+
+
+def program(module: str, words: Sequence[str]) -> list[str]:
+    """The argv of another program of this agent, run by the same interpreter in the same way.
+
+    words: its options.
+    """
+    isolated = ["-I"] if sys.flags.isolated else []
+    return [sys.executable, *isolated, "-m", module, *words]

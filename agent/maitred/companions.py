@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
-from agent.options import VsockAddress
+from agent.options import VsockAddress, program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,9 +28,3 @@ async def launch(options: Options, supervisor: Supervisor) -> None:
     shell_is_on = isinstance(options["maitred.listen"], VsockAddress)
     if shell_is_on or "maitred.shell_listen" in options.given:
         await client.launch(program("agent.shell", words), name="shell", respawn=True, backoff=True)
-
-
-def program(module: str, words: list[str]) -> list[str]:
-    """The argv of another program of this agent, run by the same interpreter in the same way."""
-    isolated = ["-I"] if sys.flags.isolated else []
-    return [sys.executable, *isolated, "-m", module, *words]

@@ -7,9 +7,8 @@ import logging
 import os
 
 from agent.maitred import ipv4, stateful_disk
-from agent.maitred.companions import program
 from agent.maitred.errors import BadRequest
-from agent.options import UnixAddress, VsockAddress
+from agent.options import UnixAddress, VsockAddress, program
 from agent.pb import vm_guest_pb2
 from agent.process_supervisor.client import SupervisorError
 

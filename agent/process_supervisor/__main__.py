@@ -9,9 +9,9 @@ import sys
 
 from agent.console import write_line
 from agent.option_table import ALL
-from agent.options import OptionError, from_kernel_command_line, parse, usage
+from agent.options import OptionError, from_kernel_command_line, parse, program, usage
 from agent.process_supervisor.spawn import Stdio
-from agent.process_supervisor.supervisor import Supervisor, interpreter
+from agent.process_supervisor.supervisor import Supervisor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -141,7 +141,8 @@ def _run_guest_of_machine(options: Options, state: int | None) -> int:
 
 def _maitred_argv(options: Options) -> list[str]:
     command = options["maitred.command"]
-    return [*([command] if command else interpreter("agent.maitred")), *options.words()]
+    words = options.words()
+    return [command, *words] if command else program("agent.maitred", words)
 
 
 if __name__ == "__main__":

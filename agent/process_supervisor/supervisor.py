@@ -5,7 +5,6 @@ shutdown. What a VM needs besides stands in machine.py and power_off.py.
 from __future__ import annotations
 
 import os
-import sys
 
 from agent.console import write_line
 from agent.process_supervisor.control import Control, listen
@@ -372,8 +371,3 @@ def _children_left() -> bool:
     except ChildProcessError:
         return False
     return True
-
-
-def interpreter(module: str) -> list[str]:
-    """The arguments that run a module of the agent with this interpreter."""
-    return [sys.executable, *(["-I"] if sys.flags.isolated else []), "-m", module]

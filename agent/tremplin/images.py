@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from datetime import datetime
 
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
+from agent.tremplin.lxd_process import booted_at
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ async def remove_imported_images(session: Session, fingerprint: str | None = Non
 
 async def remove_doubtful_images(session: Session) -> None:
     """Removes images that a power cut may have left incomplete. Raises LxdError."""
-    booted_at = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    boot = booted_at()
     for image in await _images(session):
-        if _ON_DISK in _properties(image) or _stored_at(image) >= booted_at:
+        if _ON_DISK in _properties(image) or _stored_at(image) >= boot:
             continue
         _log.warning(
             "image %.12s may be incomplete after a power cut; removed", image["fingerprint"]

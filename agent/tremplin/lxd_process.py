@@ -42,7 +42,7 @@ def launch(options: Options) -> str:
         return "PID 1 is not ours here; waiting for an LXD that somebody else starts"
     os.makedirs(lxd_dir, mode=0o711, exist_ok=True)
     os.makedirs(options["tremplin.lxd_conf"], mode=0o700, exist_ok=True)
-    drop_torn_keys(lxd_dir, booted_at=time.time() - time.clock_gettime(time.CLOCK_BOOTTIME))
+    drop_torn_keys(lxd_dir, booted_at=booted_at())
     with Client.connect(run_dir, timeout=_SUPERVISOR_SECONDS) as client:
         launched = client.launch(
             _command(lxd_dir),
@@ -68,6 +68,11 @@ def stop(run_dir: str) -> bool:
     except SupervisorError:
         return False
     return True
+
+
+def booted_at() -> float:
+    """When the VM was booted, by its clock of now: in seconds since 1970."""
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def drop_torn_keys(lxd_dir: str, *, booted_at: float) -> None:

@@ -501,11 +501,8 @@ class Servicer(TremplinServicer):
         """Gives up an export; its end is reported as CANCELLED."""
         del context
         statuses = pb.CancelExportContainerResponse
-        operation = self._session.operation(Export, request.in_progress_container_name)
-        if operation is None:
-            return statuses(status=statuses.OPERATION_NOT_FOUND)
-        operation.cancel()
-        return statuses(status=statuses.CANCEL_QUEUED)
+        found = self._cancel(Export, request.in_progress_container_name)
+        return statuses(status=statuses.CANCEL_QUEUED if found else statuses.OPERATION_NOT_FOUND)
 
     async def ImportContainer(
         self,
@@ -533,11 +530,14 @@ class Servicer(TremplinServicer):
         """Gives up an import; its end is reported as CANCELLED."""
         del context
         statuses = pb.CancelImportContainerResponse
-        operation = self._session.operation(Import, request.in_progress_container_name)
-        if operation is None:
-            return statuses(status=statuses.OPERATION_NOT_FOUND)
-        operation.cancel()
-        return statuses(status=statuses.CANCEL_QUEUED)
+        found = self._cancel(Import, request.in_progress_container_name)
+        return statuses(status=statuses.CANCEL_QUEUED if found else statuses.OPERATION_NOT_FOUND)
+
+    def _cancel(self, kind: type[Operation], container: str) -> bool:
+        operation = self._session.operation(kind, container)
+        if operation is not None:
+            operation.cancel()
+        return operation is not None
 
     def _begin(
         self,

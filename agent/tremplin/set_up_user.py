@@ -46,6 +46,7 @@ _RETRYING = tenacity.Retrying(
 )
 
 
+@_RETRYING.wraps
 def set_up_user(
     socket_path: str,
     container: str,
@@ -60,17 +61,6 @@ def set_up_user(
     look: is shown the files, for what else is of interest in them.
     Raises AccountError, OSError; their text holds no person's name unless it is a path's.
     """
-    return _RETRYING(_set_up_user, socket_path, container, username, flush=flush, look=look)
-
-
-def _set_up_user(
-    socket_path: str,
-    container: str,
-    username: str,
-    *,
-    flush: Callable[[], None],
-    look: Callable[[ContainerFiles], None],
-) -> Plan:
     with ContainerFiles(socket_path, container) as files:
         look(files)
         before = _read_accounts(files)
@@ -92,12 +82,9 @@ def _set_up_user(
         return wanted
 
 
+@_RETRYING.wraps
 def read_primary_user(socket_path: str, container: str) -> User | None:
     """The container's user with uid 1000. Raises OSError."""
-    return _RETRYING(_read_primary_user, socket_path, container)
-
-
-def _read_primary_user(socket_path: str, container: str) -> User | None:
     with ContainerFiles(socket_path, container) as files:
         return find_user(_decode(files.read("/etc/passwd")), PRIMARY_ID)
 
