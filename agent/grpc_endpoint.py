@@ -1,7 +1,7 @@
 """gRPC on an Address, for maitred and tremplin: a server that listens on one, a channel to one.
 
-gRPC itself always speaks over unix sockets; for a vsock address a relay (agent/relay.py) in the
-same process joins its socket in the run directory to the vsock port.
+gRPC itself always speaks over unix sockets that it opens; for a vsock port, and for a socket that
+PID 1 has opened, a relay (agent/relay.py) in the same process joins the two.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import stat
 
 import grpc.aio
 
+from agent.listening import remove_stale_socket
 from agent.options import Address, UnixAddress, VsockAddress
-from agent.relay import Relay, remove_stale_socket
+from agent.relay import Relay
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import TracebackType
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -37,6 +39,8 @@ class Listener:
 
     async def stop(self, grace: float | None) -> None:
         """Takes no new calls, gives those in flight grace seconds, then cancels them."""
+        if self._relay is not None:
+            self._relay.stop_accepting()
         await self._server.stop(grace)
         if self._relay is not None:
             await self._relay.close()
@@ -46,18 +50,27 @@ class Listener:
         await self._server.wait_for_termination()
 
 
-async def listen(server: grpc.aio.Server, address: Address, *, run_dir: str, name: str) -> Listener:
+async def listen(
+    server: grpc.aio.Server,
+    address: Address,
+    *,
+    run_dir: str,
+    name: str,
+    inherited: Mapping[Address, int],
+) -> Listener:
     """Starts server, to which the services have been added, on address.
 
-    run_dir: where its unix socket lives when address is a vsock port; see prepare_run_dir().
+    run_dir: where gRPC's own unix socket lives when a relay is used, which it is for a vsock port
+        and for every inherited socket; see prepare_run_dir().
     name: of that socket, without `.sock`.
+    inherited: from agent.listening.inherited().
     Raises OSError: the address cannot be listened on, EADDRINUSE when another process does.
     """
-    if isinstance(address, UnixAddress):
+    if isinstance(address, UnixAddress) and address not in inherited:
         path, relay = address.path, None
     else:
         path = f"{run_dir}/{name}.sock"
-        relay = Relay(address, UnixAddress(path))
+        relay = Relay(address, UnixAddress(path), inherited=inherited.get(address))
     remove_stale_socket(path)  # gRPC would also take the place of a socket that is in use
     before = os.umask(0o177)
     try:

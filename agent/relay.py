@@ -5,13 +5,11 @@ byte for byte, and lets in nobody but the host. Knows nothing of gRPC (agent/grp
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import os
 import socket
-import stat
 import time
 
+from agent.listening import BACKLOG, open_listener, unlink
 from agent.options import HOST_CID, Address, UnixAddress, VsockAddress
 
 TYPE_CHECKING = False
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_BACKLOG = 128
 _BUFFER_BYTES = 64 * 1024
 _ACCEPT_PAUSE_SECONDS = 1.0
 _BUSY_SECONDS = 5.0
@@ -42,14 +39,17 @@ class Relay:
         listen: Address,
         target: Address,
         *,
+        inherited: int | None = None,
         is_allowed: Callable[[socket.socket], bool] | None = None,
     ) -> None:
         """listen: where to accept; target: where to connect to, once per accepted connection.
 
+        inherited: the descriptor that listens there already, from agent.listening.inherited().
         is_allowed: whether a peer may come in; by default peer_is_allowed().
         """
         self._listen = listen
         self._target = target
+        self._inherited = inherited
         self._is_allowed = is_allowed or peer_is_allowed
         self._refusals = RefusalLog(listen)
         self._listener: socket.socket | None = None
@@ -60,18 +60,22 @@ class Relay:
 
     async def start(self) -> None:
         """Begins to accept. Raises OSError: the address cannot be listened on."""
-        self._listener = open_listener(self._listen)
+        fd = open_listener(self._listen) if self._inherited is None else self._inherited
+        self._listener = socket.socket(fileno=fd)
         self._accept_when_ready()
+
+    def stop_accepting(self) -> None:
+        """New connections wait for the next process if the socket is inherited, or are refused."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+            if self._inherited is None and isinstance(self._listen, UnixAddress):
+                unlink(self._listen.path)
 
     async def close(self) -> None:
         """Stops accepting and cuts every connection."""
-        loop = asyncio.get_running_loop()
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            loop.remove_reader(listener)
-            listener.close()
-            if isinstance(self._listen, UnixAddress):
-                _unlink(self._listen.path)
+        self.stop_accepting()
         joins = list(self._joins)
         for join in joins:
             join.cancel()
@@ -90,7 +94,7 @@ class Relay:
 
     def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        for _ in range(_BACKLOG):
+        for _ in range(BACKLOG):
             try:
                 peer, address = listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -268,34 +272,6 @@ def peer_is_allowed(peer: socket.socket) -> bool:
     return peer.family == socket.AF_UNIX
 
 
-def open_listener(address: Address) -> socket.socket:
-    """A listening, non-blocking socket on address; a unix socket has mode 0600.
-
-    A unix socket that a killed process left behind is replaced. Raises OSError, EADDRINUSE when
-    somebody is listening there.
-    """
-    if isinstance(address, VsockAddress):
-        listener = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-    else:
-        remove_stale_socket(address.path)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.setblocking(False)
-        if isinstance(address, VsockAddress):
-            listener.bind((socket.VMADDR_CID_ANY, address.port))
-        else:
-            before = os.umask(0o177)
-            try:
-                listener.bind(address.path)
-            finally:
-                os.umask(before)
-        listener.listen(_BACKLOG)
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
 async def connect(address: Address) -> socket.socket:
     """A connected, non-blocking stream socket to address.
 
@@ -332,32 +308,3 @@ async def _connect_unix(connection: socket.socket, path: str) -> None:
             await asyncio.sleep(0.01)
         else:
             return
-
-
-def remove_stale_socket(path: str) -> None:
-    """Removes the unix socket at path that nobody listens on any more; does nothing when there is
-    none. Raises OSError EADDRINUSE when somebody listens there.
-    """
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    probe.setblocking(False)
-    try:
-        probe.connect(path)
-    except FileNotFoundError:
-        return
-    except ConnectionRefusedError:
-        # Connecting to a regular file is refused as well; that one stays, and bind(2) complains.
-        if stat.S_ISSOCK(os.stat(path, follow_symlinks=False).st_mode):
-            _unlink(path)
-        return
-    except BlockingIOError:
-        pass
-    finally:
-        probe.close()
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), path)
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 
 from agent.console import write_line
+from agent.listening import inherited
 from agent.option_table import ALL
 from agent.options import OptionError, parse, usage
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def main(words: Sequence[str]) -> int:
     """The exit code: 0 after SIGTERM, 1 when it could not serve, 2 for a bad option."""
+    sockets = inherited()
     if "--help" in words or "-h" in words:
         text = usage("python -m agent.maitred", "Serves Maitred, the guest's side of a VM.", ALL)
         sys.stdout.write(text + "\n")
@@ -34,7 +36,7 @@ def main(words: Sequence[str]) -> int:
     _import_asyncio()
     from agent.maitred.daemon import run
 
-    return run(options)
+    return run(options, sockets)
 
 
 def _import_asyncio() -> None:

@@ -27,4 +27,10 @@ async def launch(options: Options, supervisor: Supervisor) -> None:
         )
     shell_is_on = isinstance(options["maitred.listen"], VsockAddress)
     if shell_is_on or "maitred.shell_listen" in options.given:
-        await client.launch(program("agent.shell", words), name="shell", respawn=True, backoff=True)
+        await client.launch(
+            program("agent.shell", words),
+            name="shell",
+            respawn=True,
+            backoff=True,
+            listen=[str(options["maitred.shell_listen"])],
+        )

@@ -15,10 +15,10 @@ from agent.maitred.supervisor import Supervisor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Mapping
 
     from agent.lazy_service import Registrar
-    from agent.options import Options
+    from agent.options import Address, Options
 
 _log = logging.getLogger(__name__)
 
@@ -31,18 +31,21 @@ _HEAD_START_SECONDS = 0.5
 """How long the host has to answer VmReady before the rest is loaded, which delays everything."""
 
 
-def run(options: Options) -> int:
-    """Serves until SIGTERM or SIGINT. The result is the exit code."""
+def run(options: Options, inherited: Mapping[Address, int]) -> int:
+    """Serves until SIGTERM or SIGINT. The result is the exit code.
+
+    inherited: from agent.listening.inherited().
+    """
     logs.set_up("maitred")
     try:
-        asyncio.run(_serve(options))
+        asyncio.run(_serve(options, inherited))
     except OSError as error:
         _log.error("cannot start: %s", error)
         return 1
     return 0
 
 
-async def _serve(options: Options) -> None:
+async def _serve(options: Options, inherited: Mapping[Address, int]) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
@@ -55,7 +58,9 @@ async def _serve(options: Options) -> None:
     server.add_generic_rpc_handlers((service,))
     standard_services.add_to(server, _SERVICE)
     address = options["maitred.listen"]
-    listener = await grpc_endpoint.listen(server, address, run_dir=run_dir, name="maitred")
+    listener = await grpc_endpoint.listen(
+        server, address, run_dir=run_dir, name="maitred", inherited=inherited
+    )
     _log.info("listening on %s", address)
 
     background = asyncio.create_task(_work_in_background(options, supervisor, service))

@@ -74,6 +74,7 @@ class Termina:
             console=True,
             respawn=True,
             backoff=True,
+            listen=[str(self._options["tremplin.listen"])],
             stop_signal="SIGPWR",
             stop_timeout=_TREMPLIN_STOP_SECONDS,
             stop_stage="first",

@@ -9,7 +9,15 @@ import sys
 
 from agent.console import write_line
 from agent.option_table import ALL
-from agent.options import OptionError, from_kernel_command_line, parse, program, usage
+from agent.options import (
+    OptionError,
+    UnixAddress,
+    VsockAddress,
+    from_kernel_command_line,
+    parse,
+    program,
+    usage,
+)
 from agent.process_supervisor.spawn import Stdio
 from agent.process_supervisor.supervisor import Supervisor
 
@@ -76,11 +84,13 @@ def _run_machine(words: list[str], state: int | None) -> int:
         log="/dev/log",
         cgroups=machine.CGROUPS,
         descendants_only=False,
+        vsock=_listens_on_vsock(options),
         finish=finish,
     )
     if state is None or not supervisor.resume(state):
         machine.step("open the control socket", supervisor.listen)
-        supervisor.launch_maitred(_maitred_argv(options))
+        supervisor.reserve(_vsock_ports(options))
+        supervisor.launch_maitred(_maitred_argv(options), _maitred_listen(options))
 
     def afterwards() -> None:
         import agent.process_supervisor.power_off  # noqa: F401  # see load_the_rest
@@ -125,6 +135,7 @@ def _run_guest_of_machine(options: Options, state: int | None) -> int:
         log=None,
         cgroups=None,
         descendants_only=True,
+        vsock=_listens_on_vsock(options),
         finish=finish,
     )
     if state is None or not supervisor.resume(state):
@@ -133,7 +144,7 @@ def _run_guest_of_machine(options: Options, state: int | None) -> int:
         except OSError as error:
             write_line("init", f"cannot listen on {error.filename}: {error.strerror}")
             return 1
-        supervisor.launch_maitred(_maitred_argv(options))
+        supervisor.launch_maitred(_maitred_argv(options), _maitred_listen(options))
     supervisor.load_the_rest()
     supervisor.run()
     return 0
@@ -143,6 +154,32 @@ def _maitred_argv(options: Options) -> list[str]:
     command = options["maitred.command"]
     words = options.words()
     return [command, *words] if command else program("agent.maitred", words)
+
+
+def _listens_on_vsock(options: Options) -> bool:
+    """Outside a VM only when asked for: there, the ports are those of somebody else's VM."""
+    asked_for = options["maitred.setup"] or "maitred.listen" in options.given
+    return asked_for and isinstance(options["maitred.listen"], VsockAddress)
+
+
+def _maitred_listen(options: Options) -> list[str]:
+    address = options["maitred.listen"]
+    if isinstance(address, UnixAddress) or _listens_on_vsock(options):
+        return [str(address)]
+    return []
+
+
+def _vsock_ports(options: Options) -> dict[str, str]:
+    """The ports that only these processes may ever have; vsock(7) lets anybody take a free one."""
+    if not _listens_on_vsock(options):
+        return {}
+    keys = {"maitred": "maitred.listen", "shell": "maitred.shell_listen"}
+    keys["tremplin"] = "tremplin.listen"
+    return {
+        name: str(options[key])
+        for name, key in keys.items()
+        if isinstance(options[key], VsockAddress)
+    }
 
 
 if __name__ == "__main__":

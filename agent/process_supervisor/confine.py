@@ -9,6 +9,7 @@ import errno
 import os
 
 from agent.process_supervisor.lean import signal
+from agent.process_supervisor.spawn import move_up
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ def spawn_confined(
     if limited:
         _make_cgroup(cgroup, spec)
     reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        writer = move_up(writer)  # where it is, a descriptor of the process's own may come
+    except OSError:
+        os.close(reader)
+        raise
     # No handler of PID 1 may run in the child.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:

@@ -5,7 +5,6 @@ not send or read, it never blocks and its memory is bounded.
 from __future__ import annotations
 
 import binascii
-import errno
 import os
 
 from agent.console import write_line
@@ -46,35 +45,6 @@ _PAGE = 32 * 1024
 
 _ACCEPT_PAUSE = 0.5
 """Seconds until accepting is tried again when there was no descriptor or memory left for it."""
-
-
-def listen(path: str) -> socket.socket:
-    """A listening socket at path that only its owner can connect to; replaces a stale one.
-
-    Raises OSError, EADDRINUSE when somebody listens there.
-    """
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        probe.connect(path)
-        raise OSError(errno.EADDRINUSE, "another supervisor listens there", path)
-    except (FileNotFoundError, ConnectionRefusedError):
-        pass
-    finally:
-        probe.close()
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-    server = socket.socket(
-        socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
-    )
-    mask = os.umask(0o177)
-    try:
-        server.bind(path)
-    finally:
-        os.umask(mask)
-    server.listen(1024)
-    return server
 
 
 class Control:

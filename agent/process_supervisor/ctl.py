@@ -68,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     launch = add("launch", _launch, "launch a process")
     launch.add_argument("--name", default="", help="unique name")
     launch.add_argument("--respawn", action="store_true", help="start it again when it ends")
+    launch.add_argument(
+        "--listen",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="vsock:PORT or unix:/path that PID 1 listens on for it; again for more of them",
+    )
     launch.add_argument("--wait", action="store_true", help="wait for its exit; exits like it")
     launch.add_argument(
         "argv", nargs="+", metavar="ARGUMENT", help="program and arguments, after --"
@@ -144,6 +151,7 @@ def _show(client: Client, arguments: argparse.Namespace) -> None:
         "up": _since(row),
         "starts": f"{row['starts']}, {row['recent_starts']} of them in the last 30 s",
         "last exit": _exit_text(row),
+        "listens on": ", ".join(row.get("listen", ())) or "-",
         "options": ", ".join(
             name for name in ("respawn", "backoff", "console", "once") if row.get(name)
         )
@@ -212,7 +220,11 @@ def _wait(client: Client, arguments: argparse.Namespace) -> int:
 
 def _launch(client: Client, arguments: argparse.Namespace) -> int:
     launched = client.launch(
-        arguments.argv, name=arguments.name, respawn=arguments.respawn, wait=arguments.wait
+        arguments.argv,
+        name=arguments.name,
+        respawn=arguments.respawn,
+        listen=arguments.listen,
+        wait=arguments.wait,
     )
     if launched.exit is None:
         value = {"key": launched.key, "pid": launched.pid}

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import os
 
+from agent.options import parse_listen_address
 from agent.process_supervisor.lean import dumps, loads, signal_names
 
 TYPE_CHECKING = False
@@ -46,6 +47,9 @@ RLIMITS = (
 )
 DEFAULT_PATH = "/usr/bin:/usr/sbin:/bin:/sbin"
 """Where argv[0] is looked up, and PATH of a process that was given none."""
+
+MAX_LISTEN = 16
+"""Addresses that one process can have PID 1 listen on."""
 
 _NAME_MAX = 200
 _TIMEOUT_MAX = 3600.0
@@ -93,6 +97,8 @@ class ProcessSpec:
     backoff: wait between starts, 0.5 s doubling to 30 s with jitter, instead of that limit.
     console: stdio is /dev/console instead of nothing.
     once: with a name, started once per boot; launching it again returns the first one.
+    listen: addresses, vsock:PORT or unix:/path, that PID 1 listens on for it from before its first
+    start on, whether it runs or not; how it gets the sockets: agent/listening.py. Needs a name.
     stop_signal, stop_timeout (s), stop_stage: how and when it is stopped, SIGKILL after that.
     user, group: whom it runs as, with the supplementary groups of user; "" for root.
     no_new_privs: as in prctl(2). capabilities: names that stay in its bounding set, None for all.
@@ -107,6 +113,7 @@ class ProcessSpec:
         "console",
         "env",
         "group",
+        "listen",
         "memory_max",
         "name",
         "no_new_privs",
@@ -130,6 +137,7 @@ class ProcessSpec:
         backoff: bool = False,
         console: bool = False,
         once: bool = False,
+        listen: Sequence[str] = (),
         stop_signal: str = "SIGTERM",
         stop_timeout: float = 10.0,
         stop_stage: str = "normal",
@@ -148,6 +156,7 @@ class ProcessSpec:
         self.backoff = backoff
         self.console = console
         self.once = once
+        self.listen = list(listen)
         self.stop_signal = stop_signal
         self.stop_timeout = stop_timeout
         self.stop_stage = stop_stage
@@ -198,10 +207,18 @@ class ProcessSpec:
         if "argv" not in fields:
             raise ProtocolError("EINVAL", "argv is missing")
         spec = cls(**fields)
+        try:
+            addresses = set(map(parse_listen_address, spec.listen))
+        except ValueError as error:  # OptionError, UnicodeEncodeError
+            raise ProtocolError("EINVAL", f"listen: {error}") from None
+        if len(addresses) < len(spec.listen):
+            raise ProtocolError("EINVAL", "listen has an address twice")
         if spec.once and not spec.name:
             raise ProtocolError("EINVAL", "once needs a name")
         if spec.backoff and not spec.respawn:
             raise ProtocolError("EINVAL", "backoff needs respawn")
+        if spec.listen and not spec.name:
+            raise ProtocolError("EINVAL", "listen needs a name")
         return spec
 
 
@@ -246,6 +263,10 @@ def _is_names(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_name, value))
 
 
+def _is_listen(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= MAX_LISTEN and all(map(_is_text, value))
+
+
 def _is_rlimits(value: object) -> bool:
     return isinstance(value, dict) and all(
         name in RLIMITS
@@ -275,6 +296,7 @@ _CHECKS = {
     "console": _is_flag,
     "env": _is_env,
     "group": _is_account,
+    "listen": _is_listen,
     "memory_max": _is_amount,
     "name": _is_name,
     "no_new_privs": _is_flag,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 
+from agent.listening import FIRST_FD, VARIABLE
 from agent.process_supervisor.lean import signal
 from agent.process_supervisor.protocol import DEFAULT_PATH
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from agent.process_supervisor.protocol import ProcessSpec
@@ -18,6 +21,10 @@ _DEFAULT_SIGNALS = [
     int(number) for number in signal.valid_signals() if signal.getsignal(number) == signal.SIG_IGN
 ]
 """Ignored signals stay so over an exec, handled ones do not: Python ignores SIGPIPE and SIGXFSZ."""
+
+
+_NOBODYS_FD = 64
+"""Above FIRST_FD + protocol.MAX_LISTEN."""
 
 
 class Stdio:
@@ -73,14 +80,30 @@ def find_program(name: str) -> str:
     raise OSError(error, os.strerror(error), name)
 
 
-def spawn(spec: ProcessSpec, actions: list[tuple[Any, ...]], cgroup: str) -> int:
+def move_up(fd: int) -> int:
+    """The same under a number that no process's own descriptors have, so that they can be made one
+    after the other; close-on-exec. fd is closed. Raises OSError.
+    """
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _NOBODYS_FD)
+    finally:
+        os.close(fd)
+
+
+def spawn(
+    spec: ProcessSpec, actions: list[tuple[Any, ...]], cgroup: str, listening: Sequence[int]
+) -> int:
     """Starts what spec says; the pid. When this returns, the program is being executed.
 
     actions: from Stdio. cgroup: path for its cgroup, if it has limits; "": no cgroups here.
+    listening: sockets it gets, see agent/listening.py; each has been moved up.
     Raises OSError when it cannot be executed, ValueError for text that cannot be an argument.
     """
     program = find_program(spec.argv[0])
     env = {"PATH": DEFAULT_PATH, **spec.env}
+    if listening:
+        env[VARIABLE] = str(len(listening))
+        actions += [(os.POSIX_SPAWN_DUP2, fd, FIRST_FD + n) for n, fd in enumerate(listening)]
     if spec.confined():
         from agent.process_supervisor.confine import spawn_confined
 

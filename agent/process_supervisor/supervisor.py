@@ -7,8 +7,11 @@ from __future__ import annotations
 import os
 
 from agent.console import write_line
-from agent.process_supervisor.control import Control, listen
+from agent.listening import open_listener
+from agent.options import UnixAddress
+from agent.process_supervisor.control import Control
 from agent.process_supervisor.lean import signal, socket
+from agent.process_supervisor.listeners import Listeners
 from agent.process_supervisor.loop import Loop, report
 from agent.process_supervisor.output import Outputs, Ring, SystemLog
 from agent.process_supervisor.protocol import ProcessSpec, ProtocolError, socket_path
@@ -17,7 +20,7 @@ from agent.process_supervisor.table import Table
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from agent.process_supervisor.output import Pipe
@@ -36,7 +39,7 @@ MAITRED = "maitred"
 """The name of maitred in the table."""
 
 _MAITRED_RETRY = 5.0
-"""Seconds until maitred is tried again when it cannot be executed."""
+"""Seconds until maitred is tried again when it cannot be executed, or its port not be opened."""
 
 _UPGRADE_CHECK = "upgrade-check"
 
@@ -46,8 +49,8 @@ class Supervisor:
 
     run_dir: where the control socket is. stdio: what processes get. log: path of syslog's socket,
     for what they print; cgroups: the cgroup below which they get their own; None for neither.
-    descendants_only: signal nothing else at shutdown. finish: told who had to be killed when all
-    processes are gone.
+    descendants_only: signal nothing else at shutdown. vsock: see Listeners. finish: told who had
+    to be killed when all processes are gone.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Supervisor:
         log: str | None,
         cgroups: str | None,
         descendants_only: bool,
+        vsock: bool,
         finish: Callable[[list[str]], None],
     ) -> None:
         self._run_dir = run_dir
@@ -80,12 +84,14 @@ class Supervisor:
             follower=self._printed,
         )
         self._started_at = self.loop.now()
+        self._listeners = Listeners(vsock=vsock)
         self.table = Table(
             timers=self.loop,
             spawn=self._spawn,
             kill=_kill,
             emit=self._emit,
             random=lambda: os.urandom(1)[0] / 255,
+            listen=self._listeners.assign,
         )
         self.loop.on_signals(
             {
@@ -101,7 +107,9 @@ class Supervisor:
         """Opens the control socket. Raises OSError."""
         os.makedirs(self._run_dir, 0o700, exist_ok=True)
         os.chmod(self._run_dir, 0o700)
-        self._serve(listen(socket_path(self._run_dir)))
+        server = socket.socket(fileno=open_listener(UnixAddress(socket_path(self._run_dir))))
+        server.setblocking(False)
+        self._serve(server)
 
     def _serve(self, server: socket.socket) -> Control:
         self._control = Control(
@@ -114,7 +122,15 @@ class Supervisor:
         )
         return self._control
 
-    def launch_maitred(self, argv: list[str]) -> None:
+    def reserve(self, addresses: Mapping[str, str]) -> None:
+        """Listens for processes that are launched later, by name, so that nobody is before them."""
+        for name, address in addresses.items():
+            try:
+                self._listeners.reserve(name, address)
+            except ProtocolError as error:
+                write_line("init", str(error))
+
+    def launch_maitred(self, argv: list[str], listen: list[str]) -> None:
         """Starts maitred: it comes back whenever it ends, however often."""
         spec = ProcessSpec(
             argv,
@@ -123,10 +139,11 @@ class Supervisor:
             respawn=True,
             backoff=True,
             console=True,
+            listen=listen,
         )
         # What cannot even be executed the first time is not in the table yet, so not its business.
         if not self._launch(spec) and not self._shutdown:
-            self.loop.call_later(_MAITRED_RETRY, lambda: self.launch_maitred(argv))
+            self.loop.call_later(_MAITRED_RETRY, lambda: self.launch_maitred(argv, listen))
 
     def launch_once(self, argv: list[str], *, name: str) -> None:
         """Starts a part of the machine's own set-up in the background, with the console."""
@@ -211,7 +228,7 @@ class Supervisor:
             "upgrades": self._upgrades + 1,
         }
         try:
-            execute_anew(self.table, self._control, self._outputs, own)
+            execute_anew(self.table, self._control, self._outputs, self._listeners.save(), own)
         except OSError as error:
             write_line("init", f"cannot execute the program anew: {error.strerror}")
 
@@ -229,6 +246,7 @@ class Supervisor:
 
         try:
             state = State(fd)
+            self._listeners.restore(state.listeners)  # first: nobody else may inherit them
             state.restore(self.table, self._outputs)
             self._started_at = state.own["started_at"]
             self._orphans = state.own["orphans"]
@@ -241,6 +259,7 @@ class Supervisor:
 
     def _finished(self, killed: list[str]) -> None:
         self._running = False
+        self._listeners.close()
         if self._control:
             self._control.close()  # its socket would keep the filesystem of the run directory busy
         self._finish(killed)
@@ -299,7 +318,9 @@ class Supervisor:
         pipe = None if spec.console else self._outputs.open()
         reader, writer = pipe or (None, None)
         try:
-            pid = spawn(spec, self._stdio.actions(spec, writer), self._cgroup(process))
+            actions = self._stdio.actions(spec, writer)
+            listening = self._listeners.descriptors(spec.listen)
+            pid = spawn(spec, actions, self._cgroup(process), listening)
         except BaseException:
             if reader is not None:
                 os.close(reader)

@@ -24,7 +24,7 @@ from agent.process_supervisor.protocol import SIGNALS, ProcessSpec, ProtocolErro
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
     from agent.process_supervisor.loop import Timer, Timers
@@ -120,6 +120,8 @@ class Process:
         for flag in ("backoff", "console", "once"):
             if getattr(self.spec, flag):
                 row[flag] = True
+        if self.spec.listen:
+            row["listen"] = self.spec.listen
         if self.pid is not None:
             row["uptime"] = round(now - self.started_at, 3)
         if self.last_exit:
@@ -132,6 +134,11 @@ class Process:
         if self.state == BACKING_OFF and self.timer:
             row["due"] = round(self.timer.due - now, 3)
         return row
+
+
+def _what(spec: ProcessSpec) -> tuple[object, ...]:
+    """What two launches of one name have to agree on."""
+    return spec.argv, spec.env, spec.listen
 
 
 def _shortened(argv: list[str]) -> list[str]:
@@ -151,7 +158,8 @@ class Table:
 
     timers: for back-off and deadlines. spawn: starts what the spec of a process says, returns its
     pid, raises OSError or ValueError. kill: kill(2). emit: told of each transition, (event,
-    process, fields). random: a number from 0 to 1, for jitter.
+    process, fields). random: a number from 0 to 1, for jitter. listen: told which addresses the
+    process with a key has from now on; raises ProtocolError when it cannot have them.
     """
 
     def __init__(
@@ -162,12 +170,14 @@ class Table:
         kill: Callable[[int, int], None],
         emit: Callable[[str, Process, dict[str, Any]], None],
         random: Callable[[], float],
+        listen: Callable[[str, Sequence[str]], None],
     ) -> None:
         self._timers = timers
         self._spawn = spawn
         self._kill = kill
         self._emit = emit
         self._random = random
+        self._listen = listen
         self._by_key: dict[str, Process] = {}
         self._by_pid: dict[int, Process] = {}
         self._ended: dict[str, None] = {}
@@ -206,18 +216,24 @@ class Table:
             if there.state not in ENDED:
                 if there.state == STOPPING:
                     raise ProtocolError("EBUSY", f"cannot launch {there.key}: it is being stopped")
-                if (there.spec.argv, there.spec.env) != (spec.argv, spec.env):
+                if _what(there.spec) != _what(spec):
                     raise ProtocolError(
                         "EEXIST", f"cannot launch {there.key}: that name runs something else"
                     )
                 return there, True
-            there.spec = spec
         process = there or Process(self._serial + 1, self._new_key(spec), spec)
         self._refuse_when_closed("launch", process.key)
+        try:
+            self._listen(process.key, spec.listen)
+        except ProtocolError as error:
+            raise ProtocolError(error.code, f"cannot launch {process.key}: {error}") from None
+        process.spec = spec
         self._begin_afresh(process)
         try:
             self._start(process)
         except (OSError, ValueError) as error:
+            if there is None:
+                self._listen(process.key, ())
             raise _cannot("launch", spec.argv[0], error) from None
         if there is None:
             self._serial += 1
@@ -417,6 +433,7 @@ class Table:
             if len(self._ended) > MAX_ENDED:
                 oldest = next(iter(self._ended))
                 del self._ended[oldest], self._by_key[oldest]
+                self._listen(oldest, ())
         self._tell(process.stop_waiters)
         self._tell(process.waiters)
 

@@ -38,20 +38,26 @@ def check_command() -> list[str]:
 
 
 def execute_anew(
-    table: Table, control: Control, outputs: Outputs, own: Mapping[str, Any]
+    table: Table,
+    control: Control,
+    outputs: Outputs,
+    listeners: list[list[Any]],
+    own: Mapping[str, Any],
 ) -> NoReturn:
     """Does not return, unless by OSError: then everything is as before.
 
-    own: what the Supervisor wants to find again.
+    listeners: from Listeners.save(). own: what the Supervisor wants to find again.
     """
     descriptors = [control.server.fileno(), *outputs.pipes]
     descriptors += [client.fd for client in control.clients]
+    descriptors += [fd for _address, _key, fd, _reserved in listeners]
     rings = [(process.key, process.ring) for process in table if process.ring]
     head = {
         "format": _FORMAT,
         "own": own,
         "processes": table.save(),
         "server": control.server.fileno(),
+        "listeners": listeners,
         "clients": [_save_client(client) for client in control.clients],
         "pipes": [[pipe.fd, pipe.name, pipe.pid, pipe.logged] for pipe in outputs.pipes.values()],
         "rings": [[key, ring.end, len(ring.read(0, RING)[1])] for key, ring in rings],
@@ -109,6 +115,7 @@ class State:
                 key: (file.read(length), end) for key, end, length in self._head["rings"]
             }
         self.own: dict[str, Any] = self._head["own"]
+        self.listeners: list[list[Any]] = self._head.get("listeners", [])
 
     def server(self) -> socket.socket:
         """The listening control socket."""

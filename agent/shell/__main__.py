@@ -12,6 +12,7 @@ import os
 import sys
 
 from agent.console import write_line
+from agent.listening import inherited
 from agent.option_table import ALL
 from agent.options import OptionError, parse, usage
 
@@ -24,6 +25,7 @@ _NICE = 10
 
 def main(words: Sequence[str]) -> int:
     """The exit code: 0 after SIGTERM, 1 when it could not serve, 2 for a bad option."""
+    sockets = inherited()
     if "--help" in words or "-h" in words:
         text = usage("python -m agent.shell", "Serves remote shells.", ALL)
         sys.stdout.write(text + "\n")
@@ -41,7 +43,8 @@ def main(words: Sequence[str]) -> int:
         os.setpriority(os.PRIO_PROCESS, 0, 0)
     except PermissionError:
         pass
-    return run(options["maitred.shell_listen"])
+    address = options["maitred.shell_listen"]
+    return run(address, inherited=sockets.get(address))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 
 from agent.console import write_line
+from agent.listening import inherited
 from agent.option_table import TREMPLIN
 from agent.options import OptionError, parse, usage
 from agent.tremplin.lxd_process import SupervisorError, launch
@@ -16,6 +17,7 @@ _SUMMARY = "Serves vm_tools.tremplin.Tremplin: creates, starts and sets up conta
 
 def main(words: list[str]) -> int:
     """Runs tremplin. words: its arguments. The exit code: 2 for options that cannot be used."""
+    sockets = inherited()
     if words and words[0] in {"-h", "--help"}:
         print(usage("python -m agent.tremplin", _SUMMARY, TREMPLIN))  # noqa: T201
         return 0
@@ -37,7 +39,7 @@ def main(words: list[str]) -> int:
 
     logs.set_up("tremplin")
     try:
-        asyncio.run(serve(options))
+        asyncio.run(serve(options, sockets))
     except OSError as error:
         write_line("tremplin", f"cannot serve: {error}")
         return 1

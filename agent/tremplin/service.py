@@ -31,9 +31,10 @@ from agent.tremplin.session import Session, Settings
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
-    from agent.options import Options
+    from agent.options import Address, Options
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +49,11 @@ _LOOK_AGAIN_SECONDS = 0.2
 _FAREWELL_SECONDS = 0.2
 
 
-async def serve(options: Options) -> None:
-    """Runs Tremplin until SIGTERM or SIGPWR. Raises OSError: it cannot listen."""
+async def serve(options: Options, inherited: Mapping[Address, int]) -> None:
+    """Runs Tremplin until SIGTERM or SIGPWR.
+
+    inherited: from agent.listening.inherited(). Raises OSError: it cannot listen.
+    """
     run_dir: str = options["tremplin.run_dir"]
     stopping: asyncio.Future[signal.Signals] = asyncio.get_running_loop().create_future()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPWR):
@@ -72,7 +76,11 @@ async def serve(options: Options) -> None:
         if not stopping.done():
             resume(session)
             listener = await listen(
-                server, options["tremplin.listen"], run_dir=run_dir, name="tremplin"
+                server,
+                options["tremplin.listen"],
+                run_dir=run_dir,
+                name="tremplin",
+                inherited=inherited,
             )
             _log.info("serving on %s", options["tremplin.listen"])
             reporter.report("TremplinReady", pb.TremplinStartupInfo(), container="")

@@ -120,6 +120,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "stop_stage": st.sampled_from(STOP_STAGES),
     "user": st.sampled_from(["nobody", "root", "not there"]),
     "rlimits": st.just({"nofile": [64, 64]}),
+    "listen": st.lists(st.sampled_from(["unix:/no/dir", "vsock:9", "tcp:1", "unix:/proc/x"])),
     "capabilities": st.lists(st.sampled_from(["chown", "fly"])),
 }
 LAUNCHES = st.fixed_dictionaries(

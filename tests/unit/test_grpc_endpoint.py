@@ -26,7 +26,8 @@ class _Listener(vm_host_pb2_grpc.StartupListenerServicer):
 async def _serve(path: Path) -> Listener:
     server = grpc.aio.server()
     vm_host_pb2_grpc.add_StartupListenerServicer_to_server(_Listener(), server)
-    return await listen(server, UnixAddress(str(path)), run_dir="/nonexistent", name="unused")
+    address = UnixAddress(str(path))
+    return await listen(server, address, run_dir="/nonexistent", name="unused", inherited={})
 
 
 async def _call(channel: grpc.aio.Channel, seconds: float = 10) -> None:

@@ -11,8 +11,9 @@ from typing import Self
 
 import pytest
 
+from agent.listening import open_listener, remove_stale_socket
 from agent.options import UnixAddress, VsockAddress
-from agent.relay import RefusalLog, Relay, connect, open_listener, remove_stale_socket
+from agent.relay import RefusalLog, Relay, connect
 
 
 class _Peer:
@@ -201,6 +202,28 @@ def test_closing_the_relay_cuts_its_connections_and_removes_its_socket(tmp_path:
     asyncio.run(run())
 
 
+def test_an_inherited_socket_goes_on_listening_for_the_next(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with _Peer(tmp_path / "inner") as peer:
+            front = UnixAddress(str(tmp_path / "front"))
+            with socket.socket(fileno=open_listener(front)) as kept:
+                relay = Relay(front, peer.address, inherited=os.dup(kept.fileno()))
+                await relay.start()
+                relay.stop_accepting()
+                client = await connect(front)
+                client.send(b"who is next?")
+                await relay.close()
+                relay = Relay(front, peer.address, inherited=os.dup(kept.fileno()))
+                await relay.start()
+                reader, writer = await peer.accept()
+                assert await reader.readexactly(12) == b"who is next?"
+                writer.close()
+                client.close()
+                await relay.close()
+
+    asyncio.run(run())
+
+
 def test_many_connections_at_once_all_get_through_a_small_backlog(tmp_path: Path) -> None:
     async def run() -> None:
         async with _Peer(tmp_path / "inner") as peer:
@@ -223,15 +246,16 @@ def test_many_connections_at_once_all_get_through_a_small_backlog(tmp_path: Path
 
 def test_a_socket_in_use_is_not_taken_away(tmp_path: Path) -> None:
     address = UnixAddress(str(tmp_path / "taken"))
-    with open_listener(address), pytest.raises(OSError, match="in use") as caught:
+    listener = socket.socket(fileno=open_listener(address))
+    with listener, pytest.raises(OSError, match="in use") as caught:
         open_listener(address)
     assert caught.value.errno == errno.EADDRINUSE
 
 
 def test_a_socket_left_behind_is_replaced_and_is_for_its_owner_only(tmp_path: Path) -> None:
     address = UnixAddress(str(tmp_path / "left"))
-    open_listener(address).close()
-    with open_listener(address):
+    os.close(open_listener(address))
+    with socket.socket(fileno=open_listener(address)):
         assert Path(address.path).stat().st_mode & 0o777 == 0o600
 
 

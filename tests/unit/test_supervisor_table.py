@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -34,6 +34,8 @@ class World:
         self.signals: list[tuple[int, int]] = []
         self.events: list[tuple[str, str]] = []
         self.spawn_error: OSError | None = None
+        self.listen_error: ProtocolError | None = None
+        self.listening: dict[str, list[str]] = {}
         self._pid = 100
         self.table = Table(
             timers=self.timers,
@@ -41,6 +43,7 @@ class World:
             kill=lambda pid, number: self.signals.append((pid, number)),
             emit=self._emit,
             random=lambda: 0.0,
+            listen=self._listen,
         )
 
     def _spawn(self, _process: Process) -> int:
@@ -49,6 +52,11 @@ class World:
         self._pid += 1
         self.alive.add(self._pid)
         return self._pid
+
+    def _listen(self, key: str, addresses: Sequence[str]) -> None:
+        if self.listen_error and addresses:
+            raise self.listen_error
+        self.listening[key] = list(addresses)
 
     def _emit(self, event: str, process: Process, _fields: dict[str, Any]) -> None:
         self.events.append((event, process.key))
@@ -203,6 +211,37 @@ def test_ended_processes_are_forgotten_in_time_but_not_those_of_once(world: Worl
         world.exit(pid_of(world.launch("")))
     assert len(world.table) == MAX_ENDED + 1
     assert world.table.get("kept", "find").state == "exited"
+
+
+def test_it_listens_until_it_is_forgotten(world: World) -> None:
+    process = world.launch(listen=["unix:/a"], respawn=True)
+    world.exit(pid_of(process))
+    world.table.stop("p", 1, lambda: None)
+    world.exit(pid_of(process))
+    assert world.listening["p"] == ["unix:/a"]
+    for _ in range(MAX_ENDED):
+        world.exit(pid_of(world.launch("")))
+    assert world.listening["p"] == []
+
+
+def test_what_cannot_listen_is_as_before(world: World) -> None:
+    first = world.launch(listen=["unix:/a"])
+    world.exit(pid_of(first))
+    world.listen_error = ProtocolError("EADDRINUSE", "cannot listen on unix:/b: in use")
+    with pytest.raises(ProtocolError, match="cannot launch p: cannot listen on unix:/b") as caught:
+        world.launch(listen=["unix:/b"])
+    assert caught.value.code == "EADDRINUSE"
+    assert (first.spec.listen, first.starts, first.state) == (["unix:/a"], 1, "exited")
+    with pytest.raises(ProtocolError, match="in use"):
+        world.launch("q", listen=["unix:/b"])
+    assert [process.key for process in world.table] == ["p"]
+
+
+def test_a_first_start_that_fails_closes_its_sockets_again(world: World) -> None:
+    world.spawn_error = PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(ProtocolError, match="cannot launch /bin/p"):
+        world.launch(listen=["unix:/a"])
+    assert world.listening == {"p": []}
 
 
 def test_nothing_starts_after_close(world: World) -> None:
