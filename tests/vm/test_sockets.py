@@ -76,14 +76,16 @@ async def _call(vm: Vm) -> str:
     return str(answer.kernel_release)
 
 
-async def _nobody_takes_maitreds_place(vm: Vm) -> None:
+async def _nobody_answers_for_a_stopped_maitred(vm: Vm) -> None:
     await _through_the_shell(vm, "termina-ctl", "stop", "maitred")
     calling = asyncio.ensure_future(_call(vm))
-    assert await _through_the_shell(vm, *_stranger(2)) == _IN_VAIN
+    assert await _through_the_shell(vm, *_stranger(1)) == _IN_VAIN
     assert not calling.done()
     await _through_the_shell(vm, "termina-ctl", "start", "maitred")
     assert await calling
 
+
+async def _nobody_is_faster_than_the_next_maitred(vm: Vm) -> None:
     trying = asyncio.ensure_future(_through_the_shell(vm, *_stranger(8)))
     for _ in range(2):
         await _through_the_shell(vm, "termina-ctl", "signal", "maitred", "KILL")
@@ -106,9 +108,9 @@ def test_the_ports_are_nobody_elses(
 
             assert await guest(*_stranger()) == _IN_VAIN  # tremplin was not even launched yet
             assert "listens on vsock:8888\n" in await guest("termina-ctl", "show", "maitred")
-            await _nobody_takes_maitreds_place(vm)
+            await _nobody_answers_for_a_stopped_maitred(vm)
             await _through_the_shell(vm, "termina-ctl", "upgrade")
-            await _nobody_takes_maitreds_place(vm)
+            await _nobody_is_faster_than_the_next_maitred(vm)
             await guest("termina-ctl", "stop", "shell")
             assert await guest(*_stranger()) == _IN_VAIN
             await guest("termina-ctl", "start", "shell")
