@@ -134,9 +134,11 @@ class Loop(Timers):
         """Waits for the next thing and handles what is there."""
         wait = self.wait()
         # epoll counts in whole milliseconds: round up, or it spins through the last one.
-        for fd, mask in self._poll.poll(-1 if wait is None else wait + 0.001):
-            callback = self._callbacks.get(fd)  # an earlier callback may have forgotten it
-            if callback:
+        ready = self._poll.poll(-1 if wait is None else wait + 0.001)
+        asked = [self._callbacks.get(fd) for fd, _mask in ready]
+        for (fd, mask), callback in zip(ready, asked, strict=True):
+            # An earlier one may have closed fd, and the number be somebody else's already.
+            if callback and self._callbacks.get(fd) is callback:
                 self._contain(callback, mask)
         for timer in self.due():
             self._contain(timer.fire)

@@ -94,3 +94,29 @@ def test_a_callback_may_forget_one_that_is_ready_too() -> None:
     for pair in pipes:
         for fd in pair:
             os.close(fd)
+
+
+def test_what_was_ready_on_a_closed_descriptor_is_not_told_of_the_next_with_its_number() -> None:
+    loop = Loop()
+    told: list[str] = []
+    spare, spare_writer = os.pipe()
+    pipes = [os.pipe(), os.pipe()]
+
+    def replace(other: int) -> None:
+        told.append("first")
+        loop.forget(other)
+        os.close(other)
+        os.dup2(spare, other)
+        loop.watch(other, READABLE, lambda _mask: told.append("successor"))
+
+    (first, first_writer), (second, second_writer) = pipes
+    loop.watch(first, READABLE, lambda _mask: replace(second))
+    loop.watch(second, READABLE, lambda _mask: replace(first))
+    for writer in (first_writer, second_writer):
+        os.close(writer)  # both are ready: broken
+    loop.turn()
+    assert told == ["first"]
+    for fd in (first, second):
+        loop.forget(fd)
+    for fd in (first, second, spare, spare_writer):
+        os.close(fd)
