@@ -10,7 +10,6 @@ import asyncio
 import logging
 
 from agent.pb import tremplin_pb2 as pb
-from agent.tremplin.lxd_client import LxdError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ class ListeningPorts:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._pids: dict[str, int] = {}
         self._told: dict[str, list[int]] = {}
         self.kind = self
         """What the reports are about, so that a newer one takes the place of one not yet sent."""
@@ -41,8 +39,8 @@ class ListeningPorts:
 
     async def _look(self) -> None:
         up = set(self._session.lifecycle.up)
-        for name in set(self._pids) - up:
-            del self._pids[name]
+        for name in set(self._session.inits.known()) - up:
+            self._session.inits.forget(name)
         now = {}
         for name in sorted(up):
             ports = await self._ports(name)
@@ -65,37 +63,14 @@ class ListeningPorts:
         )
 
     async def _ports(self, name: str) -> list[int]:
-        # The init of a container that restarted has another pid.
-        for _ in range(2):
-            if name not in self._pids:
-                try:
-                    state = await self._session.lxd.get("instances", name, "state")
-                except LxdError:
-                    return []
-                if not state["pid"] > 0:
-                    return []
-                self._pids[name] = state["pid"]
-            try:
-                return read_ports(f"/proc/{self._pids[name]}/net")
-            except OSError:
-                del self._pids[name]
-        return []
+        found = await self._session.inits.read(name, "net/tcp", "net/tcp6")
+        return [] if found is None else listening_ports(*found)
 
 
-def read_ports(directory: str) -> list[int]:
-    """The TCP ports that IPv4 clients can connect to, in order; directory: /proc/PID/net.
-
-    Raises OSError.
-    """
-    with open(f"{directory}/tcp", encoding="ascii") as file:
-        ports = set(parse_ports(file.read()))
-    try:
-        with open(f"{directory}/tcp6", encoding="ascii") as file:
-            # A socket on :: takes IPv4 too, unless it was told not to.
-            ports |= set(parse_ports(file.read(), address=_ANY_IPV6))
-    except FileNotFoundError:
-        pass
-    return sorted(ports)
+def listening_ports(tcp: str, tcp6: str) -> list[int]:
+    """The TCP ports that IPv4 clients can connect to, in order; tcp, tcp6: of /proc/PID/net."""
+    # A socket on :: takes IPv4 too, unless it was told not to.
+    return sorted({*parse_ports(tcp), *parse_ports(tcp6, address=_ANY_IPV6)})
 
 
 def parse_ports(table: str, *, address: str | None = None) -> list[int]:

@@ -7,6 +7,7 @@ import ctypes
 import os
 from typing import NamedTuple
 
+from agent.tremplin.inits import Inits
 from agent.tremplin.journal import Journal
 from agent.tremplin.lifecycle import Lifecycle
 from agent.tremplin.lxd_client import LxdClient, LxdNotFoundError
@@ -60,6 +61,7 @@ class Session:
         self.settings = settings
         self.lxd = client
         self.lxd_operations = LxdOperations(client)
+        self.inits = Inits(client)
         self.reporter = reporter
         self.os_releases: dict[str, OsRelease] = {}
         """What containers said of themselves when their files were last looked at."""

@@ -1,0 +1,72 @@
+"""The init of each running container, in whose directory of /proc the container's own network can
+be read. LXD is asked for it once: its answer starts processes in the container.
+"""
+
+from __future__ import annotations
+
+import os
+
+from agent.tremplin.lxd_client import LxdError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from agent.tremplin.lxd_client import LxdClient
+
+
+class Inits:
+    """Those of one LXD."""
+
+    def __init__(self, lxd: LxdClient) -> None:
+        self._lxd = lxd
+        self._directories: dict[str, int] = {}
+        """By container, of /proc/PID: open, so that no later process of that pid is taken for it.
+        """
+
+    async def read(self, container: str, *paths: str) -> list[str] | None:
+        """What files of /proc/PID contain, "" for one that is not there; None when the container
+        does not run, or LXD does not say.
+
+        paths: relative to /proc/PID, see proc(5).
+        """
+        # The init of a container that restarted has another pid.
+        for _ in range(2):
+            if container not in self._directories:
+                try:
+                    state = await self._lxd.get("instances", container, "state")
+                except LxdError:
+                    return None
+                if not state["pid"] > 0:
+                    return None
+                try:
+                    directory = os.open(f"/proc/{state['pid']}", os.O_RDONLY | os.O_DIRECTORY)
+                except OSError:
+                    return None
+                if container in self._directories:  # somebody else asked at the same time
+                    os.close(directory)
+                else:
+                    self._directories[container] = directory
+            try:
+                return [_read(self._directories[container], path) for path in paths]
+            except OSError:
+                self.forget(container)
+        return None
+
+    def known(self) -> list[str]:
+        """The containers whose init is known."""
+        return list(self._directories)
+
+    def forget(self, container: str) -> None:
+        """Lets go of what is known of a container that has gone down."""
+        directory = self._directories.pop(container, None)
+        if directory is not None:
+            os.close(directory)
+
+
+def _read(directory: int, path: str) -> str:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        os.stat("stat", dir_fd=directory)  # of a process that has ended there is none
+        return ""
+    with open(descriptor, encoding="ascii", errors="replace") as file:
+        return file.read()
