@@ -9,7 +9,7 @@ import os
 
 from agent.console import write_line
 from agent.process_supervisor.lean import dumps, socket
-from agent.process_supervisor.loop import BROKEN, READABLE, WRITABLE, report
+from agent.process_supervisor.loop import BROKEN, READABLE, WRITABLE, read, report
 from agent.process_supervisor.protocol import (
     MAX_LINE,
     SIGNALS,
@@ -172,7 +172,7 @@ class Connection:
 
     def _receive(self) -> None:
         try:
-            data = self._socket.recv(MAX_LINE)
+            data = read(self.fd)
         except BlockingIOError:
             return
         if not data:

@@ -21,6 +21,18 @@ WRITABLE = select.EPOLLOUT
 BROKEN = select.EPOLLERR | select.EPOLLHUP
 """Comes unasked."""
 
+_BUFFER = memoryview(bytearray(65536))
+
+
+def read(fd: int) -> bytes:
+    """What there is to read from a descriptor, at most 64 KiB; nothing at its end.
+
+    Raises OSError, BlockingIOError when there is nothing yet.
+    """
+    # os.read() would get 64 KiB from malloc(3) for each call. What is allocated meanwhile lies
+    # behind them, and the heap grows, by 0.3 MB in 100,000 launches.
+    return bytes(_BUFFER[: os.readv(fd, (_BUFFER,))])
+
 
 def report(error: BaseException, doing: str) -> None:
     """One console line about an exception that nobody expected, with the place it came from."""
@@ -120,7 +132,7 @@ class Loop(Timers):
 
     def _signals(self, receiver: int) -> None:
         # The pipe only wakes: when it is full, which signals came is still in the set.
-        os.read(receiver, 4096)
+        read(receiver)
         while self._arrived:
             self._contain(self._handlers[self._arrived.pop()])
 

@@ -8,7 +8,7 @@ import os
 import time
 
 from agent.process_supervisor.lean import socket
-from agent.process_supervisor.loop import READABLE
+from agent.process_supervisor.loop import READABLE, read
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Pipe:
         if self.fd not in self._outputs.pipes:
             return
         try:
-            data = os.read(self.fd, RING)
+            data = read(self.fd)
         except BlockingIOError:
             return
         if not data:

@@ -166,6 +166,7 @@ def talk(pid_one: PidOne, lines: list[bytes]) -> None:
     raise AssertionError("PID 1 hung up")
 
 
+@pytest.mark.timeout(3600 if LONG else 120)
 def test_anything_on_the_control_socket_harms_nobody(pid_one: PidOne) -> None:
     with pid_one.client() as client:
         anchor = client.launch(["sleep", "10000"], name="anchor")
