@@ -19,16 +19,21 @@ from agent.options import (
     usage,
 )
 from agent.process_supervisor.spawn import Stdio
-from agent.process_supervisor.supervisor import Supervisor
+from agent.process_supervisor.supervisor import Supervisor, maitred_spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.options import Options
+    from agent.process_supervisor.protocol import ProcessSpec
 
 _SUMMARY = """\
 PID 1: starts maitred and whatever it asks for, reaps, respawns and shuts down. As PID 1 of a
 machine it reads the kernel command line too. With maitred.setup=no it leaves the machine alone and
 shuts down by ending its descendants and itself."""
+
+
+_TRY_AGAIN = 5.0
+"""Seconds until a program that fails to start after an upgrade is executed again."""
 
 
 def main(words: list[str]) -> int:
@@ -39,16 +44,39 @@ def main(words: list[str]) -> int:
     if {"--help", "-h"} & set(words):
         print(usage("python -m agent.process_supervisor", _SUMMARY, ALL))  # noqa: T201
         return 0
+    handed_over = os.environ.pop("PROCESS_SUPERVISOR_STATE", "")
+    if handed_over.isdigit():
+        return _go_on(words, int(handed_over))
     try:
         options = parse(words, ALL)
     except OptionError as error:
         write_line("init", str(error))
         return 2
-    handed_over = os.environ.pop("PROCESS_SUPERVISOR_STATE", "")
-    state = int(handed_over) if handed_over.isdigit() else None
     if options["maitred.setup"]:
-        return _run_machine(words, state)
-    return _run_guest_of_machine(options, state)
+        return _run_machine(words, None)
+    return _run_guest_of_machine(options, None)
+
+
+def _go_on(words: list[str], state: int) -> int:
+    """After an upgrade: whatever is wrong with the new program must not end PID 1.
+
+    state: the memfd of the PID 1 before.
+    """
+    try:
+        options = parse(words, ALL, on_error=_say)
+        if options["maitred.setup"]:
+            return _run_machine(words, state)
+        return _run_guest_of_machine(options, state)
+    except Exception as error:  # the program may be mended while we wait
+        import time
+
+        from agent.process_supervisor.loop import report
+        from agent.process_supervisor.upgrade import execute_with
+
+        report(error, "start after the upgrade, and tries again")
+        time.sleep(_TRY_AGAIN)
+        execute_with(state)
+        raise
 
 
 def _run_machine(words: list[str], state: int | None) -> int:
@@ -87,10 +115,13 @@ def _run_machine(words: list[str], state: int | None) -> int:
         vsock=_listens_on_vsock(options),
         finish=finish,
     )
-    if state is None or not supervisor.resume(state):
-        machine.step("open the control socket", supervisor.listen)
-        supervisor.reserve(_vsock_ports(options))
-        supervisor.launch_maitred(_maitred_argv(options), _maitred_listen(options))
+    maitred = maitred_spec(_maitred_argv(options), _maitred_listen(options))
+    ports = _vsock_ports(options)
+    if state is not None:
+        _take_over(supervisor, state, maitred, ports)
+    machine.step("open the control socket", supervisor.listen)
+    supervisor.reserve(ports)
+    supervisor.launch_maitred(maitred)
 
     def afterwards() -> None:
         import agent.process_supervisor.power_off  # noqa: F401  # see load_the_rest
@@ -114,7 +145,19 @@ def _machine_options(words: list[str]) -> Options:
             words = from_kernel_command_line(file.read()) + words
     except OSError as error:
         write_line("init", f"cannot read the kernel command line: {error.strerror}")
-    return parse(words, ALL, on_error=lambda error: write_line("init", str(error)))
+    return parse(words, ALL, on_error=_say)
+
+
+def _say(error: Exception) -> None:
+    write_line("init", str(error))
+
+
+def _take_over(
+    supervisor: Supervisor, state: int, maitred: ProcessSpec, ports: dict[str, str]
+) -> None:
+    from agent.process_supervisor.takeover import take_over
+
+    take_over(supervisor, state, maitred, ports)
 
 
 def _run_guest_of_machine(options: Options, state: int | None) -> int:
@@ -138,13 +181,16 @@ def _run_guest_of_machine(options: Options, state: int | None) -> int:
         vsock=_listens_on_vsock(options),
         finish=finish,
     )
-    if state is None or not supervisor.resume(state):
-        try:
-            supervisor.listen()
-        except OSError as error:
-            write_line("init", f"cannot listen on {error.filename}: {error.strerror}")
+    maitred = maitred_spec(_maitred_argv(options), _maitred_listen(options))
+    if state is not None:
+        _take_over(supervisor, state, maitred, {})
+    try:
+        supervisor.listen()
+    except OSError as error:
+        write_line("init", f"cannot listen on {error.filename}: {error.strerror}")
+        if state is None:
             return 1
-        supervisor.launch_maitred(_maitred_argv(options), _maitred_listen(options))
+    supervisor.launch_maitred(maitred)
     supervisor.load_the_rest()
     supervisor.run()
     return 0

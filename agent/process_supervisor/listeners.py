@@ -96,8 +96,8 @@ class Listeners:
         """All, for restore() in the PID 1 that comes after: address, key, descriptor, reserved."""
         return [[str(address), *kept] for address, kept in self._kept.items()]
 
-    def restore(self, saved: list[list[Any]]) -> None:
-        """Takes over the descriptors of save()."""
-        for text, key, fd, reserved in saved:
-            os.set_inheritable(fd, False)
-            self._kept[parse_listen_address(text)] = (key, fd, reserved)
+    def restore(self, saved: list[Any]) -> None:
+        """Takes over one of save()."""
+        text, key, fd, reserved = saved
+        os.set_inheritable(fd, False)
+        self._kept[parse_listen_address(text)] = (key, fd, reserved)

@@ -41,7 +41,18 @@ MAITRED = "maitred"
 _MAITRED_RETRY = 5.0
 """Seconds until maitred is tried again when it cannot be executed, or its port not be opened."""
 
-_UPGRADE_CHECK = "upgrade-check"
+
+def maitred_spec(argv: list[str], listen: list[str]) -> ProcessSpec:
+    """How PID 1 starts maitred: again whenever it ends, however often."""
+    return ProcessSpec(
+        argv,
+        name=MAITRED,
+        env=dict(os.environ),
+        respawn=True,
+        backoff=True,
+        console=True,
+        listen=listen,
+    )
 
 
 class Supervisor:
@@ -64,34 +75,34 @@ class Supervisor:
         vsock: bool,
         finish: Callable[[list[str]], None],
     ) -> None:
-        self._run_dir = run_dir
+        self.socket_path = socket_path(run_dir)
         self._stdio = stdio
         self._cgroups = cgroups
         self._descendants_only = descendants_only
         self._finish = finish
-        self._control: Control | None = None
+        self.control: Control | None = None
         self._shutdown: Shutdown | None = None
         self._running = True
-        self._orphans = 0
+        self.orphans = 0
         self._reaped_at = 0.0
         self._storm = 0
-        self._upgrades = 0
+        self.upgrades = 0
         self._old_cgroups: set[str] = set()
         self.loop = Loop()
-        self._outputs = Outputs(
+        self.outputs = Outputs(
             self.loop,
             log=SystemLog(log).write if log else None,
             follower=self._printed,
         )
-        self._started_at = self.loop.now()
-        self._listeners = Listeners(vsock=vsock)
+        self.started_at = self.loop.now()
+        self.listeners = Listeners(vsock=vsock)
         self.table = Table(
             timers=self.loop,
             spawn=self._spawn,
             kill=_kill,
             emit=self._emit,
             random=lambda: os.urandom(1)[0] / 255,
-            listen=self._listeners.assign,
+            listen=self.listeners.assign,
         )
         self.loop.on_signals(
             {
@@ -104,15 +115,17 @@ class Supervisor:
         )
 
     def listen(self) -> None:
-        """Opens the control socket. Raises OSError."""
-        os.makedirs(self._run_dir, 0o700, exist_ok=True)
-        os.chmod(self._run_dir, 0o700)
-        server = socket.socket(fileno=open_listener(UnixAddress(socket_path(self._run_dir))))
-        server.setblocking(False)
-        self._serve(server)
+        """Opens the control socket, unless it is open. Raises OSError."""
+        if self.control:
+            return
+        directory = os.path.dirname(self.socket_path)
+        os.makedirs(directory, 0o700, exist_ok=True)
+        os.chmod(directory, 0o700)
+        self.serve(socket.socket(fileno=open_listener(UnixAddress(self.socket_path))))
 
-    def _serve(self, server: socket.socket) -> Control:
-        self._control = Control(
+    def serve(self, server: socket.socket) -> None:
+        """Serves the control protocol on a listening socket that does not block."""
+        self.control = Control(
             loop=self.loop,
             table=self.table,
             server=server,
@@ -120,30 +133,22 @@ class Supervisor:
             shut_down=self.shut_down,
             upgrade=self.upgrade,
         )
-        return self._control
 
     def reserve(self, addresses: Mapping[str, str]) -> None:
         """Listens for processes that are launched later, by name, so that nobody is before them."""
         for name, address in addresses.items():
             try:
-                self._listeners.reserve(name, address)
+                self.listeners.reserve(name, address)
             except ProtocolError as error:
                 write_line("init", str(error))
 
-    def launch_maitred(self, argv: list[str], listen: list[str]) -> None:
-        """Starts maitred: it comes back whenever it ends, however often."""
-        spec = ProcessSpec(
-            argv,
-            name=MAITRED,
-            env=dict(os.environ),
-            respawn=True,
-            backoff=True,
-            console=True,
-            listen=listen,
-        )
+    def launch_maitred(self, spec: ProcessSpec) -> None:
+        """Starts maitred, unless it is in the table: it comes back whenever it ends."""
+        if MAITRED in {process.key for process in self.table}:
+            return
         # What cannot even be executed the first time is not in the table yet, so not its business.
         if not self._launch(spec) and not self._shutdown:
-            self.loop.call_later(_MAITRED_RETRY, lambda: self.launch_maitred(argv, listen))
+            self.loop.call_later(_MAITRED_RETRY, lambda: self.launch_maitred(spec))
 
     def launch_once(self, argv: list[str], *, name: str) -> None:
         """Starts a part of the machine's own set-up in the background, with the console."""
@@ -164,7 +169,8 @@ class Supervisor:
         """
         import gc
 
-        import agent.process_supervisor.shutdown  # noqa: F401
+        import agent.process_supervisor.shutdown
+        import agent.process_supervisor.upgrade  # noqa: F401  # the disk may have the next one's
 
         gc.freeze()  # the program itself is no garbage: it need not be looked through again
 
@@ -184,8 +190,8 @@ class Supervisor:
         from agent.process_supervisor.shutdown import Shutdown  # late: see load_the_rest
 
         write_line("init", f"shutting down: {reason}")
-        if self._control:
-            self._control.emit("shutdown", "", {"reason": reason})
+        if self.control:
+            self.control.emit("shutdown", "", {"reason": reason})
         self._shutdown = Shutdown(
             table=self.table,
             timers=self.loop,
@@ -195,73 +201,33 @@ class Supervisor:
             finished=self._finished,
         )
 
+    @property
+    def shutting_down(self) -> bool:
+        """The shutdown has begun."""
+        return self._shutdown is not None
+
     def upgrade(self, answer: Callable[[str], None]) -> None:
-        """Executes the program as it is on the disk now, after a check that it can be loaded.
+        """Executes the program as it is on the disk now, after a check that this can go on.
 
         answer: told why it is not possible, or "" just before.
         """
-        if self._shutdown or not self._control:
-            answer("shutting down" if self._shutdown else "there is no control socket")
+        if self._shutdown:
+            answer("shutting down")
             return
-        from agent.process_supervisor.upgrade import check_command
+        from agent.process_supervisor.upgrade import upgrade
 
-        try:
-            check, _ = self.table.launch(ProcessSpec(check_command(), name=_UPGRADE_CHECK))
-        except ProtocolError as error:
-            answer(str(error))
-            return
-        self.table.wait(check.key, answer, lambda: self._upgrade_now(check, answer))
-
-    def _upgrade_now(self, check: Process, answer: Callable[[str], None]) -> None:
-        if self._shutdown or not self._control or check.last_exit != ("exited", 0):
-            printed = check.ring.read(0, 4096)[1].decode(errors="replace") if check.ring else ""
-            reason = (printed.splitlines() or ["no reason given"])[-1]
-            answer(f"the new program cannot be loaded: {reason}")
-            return
-        from agent.process_supervisor.upgrade import execute_anew
-
-        answer("")
-        write_line("init", "executing the program anew")
-        own = {
-            "started_at": self._started_at,
-            "orphans": self._orphans,
-            "upgrades": self._upgrades + 1,
-        }
-        try:
-            execute_anew(self.table, self._control, self._outputs, self._listeners.save(), own)
-        except OSError as error:
-            write_line("init", f"cannot execute the program anew: {error.strerror}")
+        upgrade(self, answer)
 
     @staticmethod
     def _say_refusal(refusal: str) -> None:
         if refusal:
             write_line("init", f"cannot upgrade: {refusal}")
 
-    def resume(self, fd: int) -> bool:
-        """Takes over from the PID 1 before an upgrade; False when that is not possible.
-
-        fd: the memfd it left behind.
-        """
-        from agent.process_supervisor.upgrade import State
-
-        try:
-            state = State(fd)
-            self._listeners.restore(state.listeners)  # first: nobody else may inherit them
-            state.restore(self.table, self._outputs)
-            self._started_at = state.own["started_at"]
-            self._orphans = state.own["orphans"]
-            self._upgrades = state.own["upgrades"]
-            state.restore_clients(self._serve(state.server()), self.table)
-        except Exception as error:  # noqa: BLE001  # PID 1 goes on, with what it has
-            report(error, "take over everything from before the upgrade")
-        write_line("init", f"upgraded, with {len(self.table)} processes")
-        return MAITRED in {process.key for process in self.table}
-
     def _finished(self, killed: list[str]) -> None:
         self._running = False
-        self._listeners.close()
-        if self._control:
-            self._control.close()  # its socket would keep the filesystem of the run directory busy
+        self.listeners.close()
+        if self.control:
+            self.control.close()  # its socket would keep the filesystem of the run directory busy
         self._finish(killed)
 
     def _reap(self) -> None:
@@ -276,7 +242,7 @@ class Supervisor:
                 break
             process = self.table.by_pid(pid)
             if process is None:
-                self._orphans += 1
+                self.orphans += 1
                 continue
             ours += 1
             try:
@@ -315,11 +281,11 @@ class Supervisor:
 
     def _spawn(self, process: Process) -> int:
         spec = process.spec
-        pipe = None if spec.console else self._outputs.open()
+        pipe = None if spec.console else self.outputs.open()
         reader, writer = pipe or (None, None)
         try:
             actions = self._stdio.actions(spec, writer)
-            listening = self._listeners.descriptors(spec.listen)
+            listening = self.listeners.descriptors(spec.listen)
             pid = spawn(spec, actions, self._cgroup(process), listening)
         except BaseException:
             if reader is not None:
@@ -330,7 +296,7 @@ class Supervisor:
                 os.close(writer)
         if reader is not None:
             process.ring = process.ring or Ring()
-            process.pipe = self._outputs.follow(
+            process.pipe = self.outputs.follow(
                 reader,
                 process.ring,
                 process.key,
@@ -353,8 +319,8 @@ class Supervisor:
         self._old_cgroups -= {path for path in self._old_cgroups if remove_cgroup(path)}
 
     def _printed(self, pipe: Pipe, data: bytes) -> None:
-        if self._control:
-            self._control.emit_output(pipe.name, pipe.pid, data)
+        if self.control:
+            self.control.emit_output(pipe.name, pipe.pid, data)
 
     def _emit(self, event: str, process: Process, fields: dict[str, Any]) -> None:
         if event in {"failed", "backing_off", "stopped"} or process.key == MAITRED:
@@ -363,16 +329,16 @@ class Supervisor:
                 for name, value in fields.items()
             )
             write_line("init", f"{process.key} {event.replace('_', ' ')}: {details}".rstrip(": "))
-        if self._control and self._control.followed:
+        if self.control and self.control.followed:
             program = os.path.basename(process.spec.argv[0])
-            self._control.emit(event, process.key, {**fields, "program": program})
+            self.control.emit(event, process.key, {**fields, "program": program})
 
     def _describe(self) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
-            "uptime": round(self.loop.now() - self._started_at, 3),
-            "orphans": self._orphans,
-            "upgrades": self._upgrades,
+            "uptime": round(self.loop.now() - self.started_at, 3),
+            "orphans": self.orphans,
+            "upgrades": self.upgrades,
         }
 
 

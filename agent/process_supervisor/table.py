@@ -54,12 +54,6 @@ STOPPED = "stopped"
 ENDED = (EXITED, STOPPED)
 
 
-_SAVED = (
-    *("serial", "key", "state", "pid", "starts", "recent_starts", "started_at", "ended_at"),
-    *("last_exit", "failures", "spoke"),
-)
-
-
 class Process:
     """One row: what to run, and where that stands. Only Table changes it."""
 
@@ -221,7 +215,7 @@ class Table:
                         "EEXIST", f"cannot launch {there.key}: that name runs something else"
                     )
                 return there, True
-        process = there or Process(self._serial + 1, self._new_key(spec), spec)
+        process = there or self.new(spec)
         self._refuse_when_closed("launch", process.key)
         try:
             self._listen(process.key, spec.listen)
@@ -317,35 +311,28 @@ class Table:
 
     # ---- upgrade in place --------------------------------------------------------------------
 
-    def save(self) -> list[dict[str, Any]]:
-        """The rows, for restore() in the PID 1 that comes after."""
-        rows = []
-        for process in self:
-            row = {name: getattr(process, name) for name in _SAVED}
-            row["spec"] = process.spec.to_wire()
-            row["due"] = process.timer.due if process.timer else None
-            rows.append(row)
-        return rows
+    def new(self, spec: ProcessSpec) -> Process:
+        """A row for spec that is not in the table yet."""
+        return Process(self._serial + 1, self._new_key(spec), spec)
 
-    def restore(self, rows: list[dict[str, Any]]) -> None:
-        """Takes over the rows of save(), into an empty table."""
-        for row in rows:
-            process = Process(row["serial"], row["key"], ProcessSpec.from_wire(row["spec"]))
-            for name in _SAVED:
-                setattr(process, name, row[name])
-            if row["last_exit"]:
-                process.last_exit = (row["last_exit"][0], row["last_exit"][1])
-            self._serial = max(self._serial, process.serial)
-            self._by_key[process.key] = process
-            if process.pid is not None:
-                self._by_pid[process.pid] = process
-            if process.state in ENDED and not process.spec.once:
-                self._ended[process.key] = None
-            delay = max(0.0, (row["due"] or 0) - self._timers.now())
-            if process.state == BACKING_OFF:
-                self._start_later(process, delay)
-            elif process.state == STOPPING:
-                self._kill_later(process, delay)
+    def adopt(self, process: Process, due: float | None) -> None:
+        """Puts one in that PID 1 had before. due: of its timer, on the clock of timers.
+
+        Raises ValueError when the key is taken.
+        """
+        if process.key in self._by_key:
+            raise ValueError(f"there are two processes {process.key}")
+        self._serial = max(self._serial, process.serial)
+        self._by_key[process.key] = process
+        if process.pid is not None:
+            self._by_pid[process.pid] = process
+        if process.state in ENDED and not process.spec.once:
+            self._ended[process.key] = None
+        delay = max(0.0, (due or 0) - self._timers.now())
+        if process.state == BACKING_OFF:
+            self._start_later(process, delay)
+        elif process.state == STOPPING:
+            self._kill_later(process, delay)
 
     # ---- transitions -------------------------------------------------------------------------
 

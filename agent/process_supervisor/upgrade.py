@@ -1,6 +1,6 @@
 """Upgrade in place: PID 1 executes itself anew, and its table, its children, their output and its
-clients with what they wait for go over. What is handed over lies in a memfd: a line of JSON, then
-what the processes have printed.
+clients with what they wait for go over. Here is what the old program does; takeover.py is the new
+one. What is handed over lies in a memfd: a line of JSON, then what the processes have printed.
 """
 
 from __future__ import annotations
@@ -9,79 +9,155 @@ import binascii
 import os
 import sys
 
-from agent.process_supervisor.control import Connection
-from agent.process_supervisor.lean import dumps, loads, signal, socket
-from agent.process_supervisor.output import RING, Ring
+from agent.console import write_line
+from agent.process_supervisor.lean import dumps, signal
+from agent.process_supervisor.output import RING
+from agent.process_supervisor.protocol import ProcessSpec, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from typing import Any, NoReturn
+    from collections.abc import Callable
+    from typing import Any
 
-    from agent.process_supervisor.control import Control
-    from agent.process_supervisor.output import Outputs
-    from agent.process_supervisor.table import Table
+    from agent.process_supervisor.control import Connection
+    from agent.process_supervisor.supervisor import Supervisor
+    from agent.process_supervisor.table import Process
 
 VARIABLE = "PROCESS_SUPERVISOR_STATE"
 """The environment variable with the number of the memfd."""
 
-_FORMAT = 1
+FORMAT = 2
 
-_EVERYTHING = ["__main__", "confine", "machine", "power_off", "shutdown", "upgrade"]
+SAVED = (
+    *("serial", "key", "state", "pid", "starts", "recent_starts", "started_at", "ended_at"),
+    *("last_exit", "failures", "spoke"),
+)
+"""What is handed over of a Process as it is."""
+
+_CHECK = "upgrade-check"
 
 
-def check_command() -> list[str]:
-    """A command that succeeds when the program as it is on the disk now can be loaded."""
-    modules = ", ".join(f"agent.process_supervisor.{name}" for name in _EVERYTHING)
-    code = f"import sys; sys.path[:] = {sys.path!r}; import {modules}"
+def upgrade(supervisor: Supervisor, answer: Callable[[str], None]) -> None:
+    """Executes the program as it is on the disk now, after a child has tried to take over with it.
+
+    answer: told why it is not possible, or "" just before.
+    """
+    try:
+        if any(process.key == _CHECK and process.pid is not None for process in supervisor.table):
+            raise ProtocolError("EALREADY", "another upgrade is under way")
+        state = _write_state(supervisor, printed=False)
+    except (OSError, ProtocolError) as error:
+        answer(str(error))
+        return
+    try:
+        check, _ = supervisor.table.launch(ProcessSpec(_check_command(state), name=_CHECK))
+    except ProtocolError as error:
+        os.close(state)
+        answer(str(error))
+        return
+
+    def checked() -> None:
+        os.close(state)
+        _execute_when_possible(supervisor, check, answer)
+
+    supervisor.table.wait(check.key, answer, checked)
+
+
+def _check_command(state: int) -> list[str]:
+    """A command that succeeds when the program as it is on the disk now can go on with a state."""
+    what = (f"/proc/{os.getpid()}/fd/{state}", sys.argv[1:])
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r};"
+        f"from agent.process_supervisor.takeover import rehearse; rehearse(*{what!r})"
+    )
     return [sys.executable, "-I", "-c", code]
 
 
-def execute_anew(
-    table: Table,
-    control: Control,
-    outputs: Outputs,
-    listeners: list[list[Any]],
-    own: Mapping[str, Any],
-) -> NoReturn:
-    """Does not return, unless by OSError: then everything is as before.
+def _execute_when_possible(
+    supervisor: Supervisor, check: Process, answer: Callable[[str], None]
+) -> None:
+    if supervisor.shutting_down:
+        answer("shutting down")
+        return
+    if check.last_exit != ("exited", 0):
+        printed = check.ring.read(0, RING)[1].decode(errors="replace") if check.ring else ""
+        reason = (printed.splitlines() or ["no reason given"])[-1]
+        answer(f"the new program cannot go on from here: {reason}")
+        return
+    answer("")
+    write_line("init", "executing the program anew")
+    try:
+        _execute(supervisor)
+    except OSError as error:
+        write_line("init", f"cannot execute the program anew: {error.strerror}")
 
-    listeners: from Listeners.save(). own: what the Supervisor wants to find again.
-    """
-    descriptors = [control.server.fileno(), *outputs.pipes]
-    descriptors += [client.fd for client in control.clients]
-    descriptors += [fd for _address, _key, fd, _reserved in listeners]
-    rings = [(process.key, process.ring) for process in table if process.ring]
-    head = {
-        "format": _FORMAT,
-        "own": own,
-        "processes": table.save(),
-        "server": control.server.fileno(),
-        "listeners": listeners,
-        "clients": [_save_client(client) for client in control.clients],
-        "pipes": [[pipe.fd, pipe.name, pipe.pid, pipe.logged] for pipe in outputs.pipes.values()],
-        "rings": [[key, ring.end, len(ring.read(0, RING)[1])] for key, ring in rings],
-    }
-    state = os.memfd_create("process-supervisor", 0)
+
+def _execute(supervisor: Supervisor) -> None:
+    """Does not return, unless by OSError: then everything is as before."""
+    control, outputs = supervisor.control, supervisor.outputs
+    descriptors = [fd for _address, _key, fd, _reserved in supervisor.listeners.save()]
+    descriptors += outputs.pipes
+    if control:
+        descriptors += [control.server.fileno(), *(client.fd for client in control.clients)]
+    state = _write_state(supervisor, printed=True)
     handled = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGPWR, signal.SIGUSR2)
     try:
-        with open(state, "wb", closefd=False) as file:
-            file.write(dumps(head).encode() + b"\n")
-            file.writelines(ring.read(0, RING)[1] for _key, ring in rings)
-        for fd in descriptors:
+        for fd in (*descriptors, state):
             os.set_inheritable(fd, True)
         # They stay pending until the new program has its handlers.
         signal.pthread_sigmask(signal.SIG_BLOCK, handled)
-        os.execve(
-            sys.executable,
-            [sys.executable, *sys.orig_argv[1:]],
-            {**os.environ, VARIABLE: str(state)},
-        )
+        execute_with(state)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, handled)
         for fd in descriptors:
             os.set_inheritable(fd, False)
         os.close(state)
+
+
+def execute_with(state: int) -> None:
+    """Executes this program anew with a state; does not return, unless by OSError."""
+    env = {**os.environ, VARIABLE: str(state)}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
+
+
+def _write_state(supervisor: Supervisor, *, printed: bool) -> int:
+    """A memfd with everything, with or without what processes have printed. Raises OSError."""
+    control = supervisor.control
+    rings = [(process.key, process.ring) for process in supervisor.table if process.ring]
+    head = {
+        "format": FORMAT,
+        "own": {
+            "started_at": supervisor.started_at,
+            "orphans": supervisor.orphans,
+            "upgrades": supervisor.upgrades + 1,
+        },
+        "processes": [_save_process(process) for process in supervisor.table],
+        "server": control.server.fileno() if control else None,
+        "listeners": supervisor.listeners.save(),
+        "clients": [_save_client(client) for client in control.clients] if control else [],
+        "pipes": [
+            [pipe.fd, pipe.name, pipe.pid, pipe.logged]
+            for pipe in supervisor.outputs.pipes.values()
+        ],
+        "rings": [[key, ring.end, len(ring.read(0, RING)[1])] for key, ring in rings],
+    }
+    state = os.memfd_create("process-supervisor")
+    try:
+        with open(state, "wb", closefd=False) as file:
+            file.write(dumps(head).encode() + b"\n")
+            if printed:
+                file.writelines(ring.read(0, RING)[1] for _key, ring in rings)
+    except BaseException:
+        os.close(state)
+        raise
+    return state
+
+
+def _save_process(process: Process) -> dict[str, Any]:
+    row = {name: getattr(process, name) for name in SAVED}
+    row["spec"] = process.spec.to_wire()
+    row["due"] = process.timer.due if process.timer else None
+    return row
 
 
 def _save_client(client: Connection) -> dict[str, Any]:
@@ -100,57 +176,3 @@ def _save_client(client: Connection) -> dict[str, Any]:
 
 def _text(data: bytearray) -> str:
     return binascii.b2a_base64(data, newline=False).decode()
-
-
-class State:
-    """What the PID 1 before has handed over. Raises ValueError when it is of another format."""
-
-    def __init__(self, fd: int) -> None:
-        with open(fd, "rb") as file:
-            file.seek(0)
-            self._head: dict[str, Any] = loads(file.readline().decode())
-            if self._head.get("format") != _FORMAT:
-                raise ValueError(f"format {self._head.get('format')} is not {_FORMAT}")
-            self._printed = {
-                key: (file.read(length), end) for key, end, length in self._head["rings"]
-            }
-        self.own: dict[str, Any] = self._head["own"]
-        self.listeners: list[list[Any]] = self._head.get("listeners", [])
-
-    def server(self) -> socket.socket:
-        """The listening control socket."""
-        return _adopt(self._head["server"])
-
-    def restore(self, table: Table, outputs: Outputs) -> None:
-        """Fills the empty table and takes over the pipes."""
-        table.restore(self._head["processes"])
-        for process in table:
-            if process.key in self._printed:
-                process.ring = Ring()
-                process.ring.restore(*self._printed[process.key])
-        by_key = {process.key: process for process in table}
-        for fd, key, pid, logged in self._head["pipes"]:
-            os.set_inheritable(fd, False)
-            writer = by_key.get(key)
-            ring = (writer.ring if writer else None) or Ring()
-            pipe = outputs.follow(fd, ring, key, pid, logged=logged)
-            if writer and writer.pid == pid:
-                writer.pipe = pipe
-
-    def restore_clients(self, control: Control, table: Table) -> None:
-        """Takes over the clients, and what they wait for."""
-        for saved in self._head["clients"]:
-            client = Connection(control, _adopt(saved["fd"]), saved["pid"])
-            control.clients.add(client)
-            client.following = dict(saved["following"])
-            control.followed = control.followed or bool(client.following)
-            for number, kind, key, fields in saved["waiting"]:
-                client.subscribe(number, kind, table.get(key, "wait for"), fields)
-            client.resume(binascii.a2b_base64(saved["input"]), binascii.a2b_base64(saved["output"]))
-
-
-def _adopt(fd: int) -> socket.socket:
-    os.set_inheritable(fd, False)
-    adopted = socket.socket(fileno=fd)
-    adopted.setblocking(False)
-    return adopted
