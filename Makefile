@@ -10,7 +10,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .PHONY: help
 help: ## what there is to make
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 .PHONY: run
 run: venv image container-image ## build what is missing, boot the VM, bring up a container
@@ -19,6 +19,12 @@ run: venv image container-image ## build what is missing, boot the VM, bring up 
 .PHONY: test
 test: venv image container-image ## every test, cheapest first, the real VM included
 	.venv/bin/python -m pytest $(PYTEST)
+
+.PHONY: test-9p
+test-9p: venv container-image ## Mount9P in a VM with the generic kernel, as Debian's cloud kernel has no 9p
+	requirements/install-packages requirements/debian-9p.txt
+	@KERNEL=generic $(IMAGE) guest
+	.venv/bin/python -m pytest tests/vm/test_9p.py
 
 .PHONY: bench
 bench: venv image container-image ## our figures beside a peer's, as ratios
