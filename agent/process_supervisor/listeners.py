@@ -86,9 +86,19 @@ class Listeners:
         for address in list(self._kept):
             self._close(address)
 
-    def descriptors(self, addresses: Sequence[str]) -> list[int]:
-        """The sockets of addresses that are assigned, in the same order."""
-        return [self._kept[parse_listen_address(text)][1] for text in addresses]
+    def descriptors(self, key: str, addresses: Sequence[str]) -> list[int]:
+        """The sockets of process `key` for its next run, in the order of addresses.
+
+        Raises OSError when one that was lost over an upgrade cannot be opened again.
+        """
+        try:
+            wanted = self._open_all(key, addresses, reserved=False)
+        except ProtocolError as error:
+            raise OSError(getattr(errno, error.code, errno.EIO), str(error)) from None
+        found = [self._kept[address][1] for address in wanted]
+        for fd in found:
+            os.set_blocking(fd, False)  # the flag is the socket's: the run before may have set it
+        return found
 
     # ---- upgrade in place --------------------------------------------------------------------
 

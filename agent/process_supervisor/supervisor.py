@@ -285,7 +285,7 @@ class Supervisor:
         reader, writer = pipe or (None, None)
         try:
             actions = self._stdio.actions(spec, writer)
-            listening = self.listeners.descriptors(spec.listen)
+            listening = self.listeners.descriptors(process.key, spec.listen)
             pid = spawn(spec, actions, self._cgroup(process), listening)
         except BaseException:
             if reader is not None:

@@ -151,7 +151,7 @@ class Table:
     """All processes.
 
     timers: for back-off and deadlines. spawn: starts what the spec of a process says, returns its
-    pid, raises OSError or ValueError. kill: kill(2). emit: told of each transition, (event,
+    pid, raises when it cannot. kill: kill(2). emit: told of each transition, (event,
     process, fields). random: a number from 0 to 1, for jitter. listen: told which addresses the
     process with a key has from now on; raises ProtocolError when it cannot have them.
     """
@@ -221,13 +221,13 @@ class Table:
             self._listen(process.key, spec.listen)
         except ProtocolError as error:
             raise ProtocolError(error.code, f"cannot launch {process.key}: {error}") from None
-        process.spec = spec
+        before, process.spec = process.spec, spec
         self._begin_afresh(process)
         try:
             self._start(process)
-        except (OSError, ValueError) as error:
-            if there is None:
-                self._listen(process.key, ())
+        except Exception as error:  # noqa: BLE001  # whatever it is, the client is told
+            process.spec = before
+            self._listen(process.key, before.listen if there else ())
             raise _cannot("launch", spec.argv[0], error) from None
         if there is None:
             self._serial += 1
@@ -252,7 +252,7 @@ class Table:
         self._begin_afresh(process)
         try:
             self._start(process)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, the client is told
             raise _cannot("start", key, error) from None
         return process
 
@@ -392,7 +392,7 @@ class Table:
     def _start_or_back_off(self, process: Process) -> None:
         try:
             self._start(process)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001  # whatever it is, it is tried again
             self._emit("failed", process, {"error": str(error)})
             self._back_off(process)
 
@@ -464,7 +464,7 @@ class Table:
             call()
 
 
-def _cannot(doing: str, what: str, error: OSError | ValueError) -> ProtocolError:
+def _cannot(doing: str, what: str, error: Exception) -> ProtocolError:
     if isinstance(error, OSError) and error.errno:
         import errno
 

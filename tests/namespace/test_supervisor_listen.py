@@ -25,6 +25,7 @@ _SERVER = f"""
 import os, socket
 from agent.listening import inherited
 sockets = [socket.socket(fileno=fd) for fd in inherited().values()]
+assert not any(os.get_blocking(each.fileno()) for each in sockets)
 os.system("echo $(ls /proc/self/fd | wc -w) ${{{VARIABLE}-unset}}")
 sockets[0].setblocking(True)
 while True:
@@ -180,6 +181,12 @@ def test_launched_again_with_other_addresses_it_has_only_those(
     inode = two.stat().st_ino
     client.launch(["true"], name="t", wait=True, listen=[f"unix:{two}", f"unix:{three}"])
     assert (one.exists(), two.stat().st_ino, three.exists()) == (False, inode, True)
+    row = client.info("t")
+    with pytest.raises(SupervisorError, match="cannot launch /no/thing: No such file"):
+        client.launch(["/no/thing"], name="t", listen=[f"unix:{one}", f"unix:{two}"])
+    assert (one.exists(), two.stat().st_ino, three.exists()) == (False, inode, True)
+    after = client.info("t")
+    assert (after["argv"], after["listen"]) == (row["argv"], row["listen"])
 
 
 def test_the_end_of_pid_1_is_the_end_of_the_sockets(pid_one: PidOne, path: Path) -> None:
