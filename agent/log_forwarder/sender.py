@@ -26,7 +26,7 @@ BUFFER_BYTES = 8 << 20
 """What is kept of one source while the host is away."""
 
 _BATCH_BYTES = 256 << 10
-_BATCH_SECONDS = 0.05
+_BATCH_SECONDS = 0.5
 _CALL_SECONDS = 10.0
 _RETRY_FIRST_SECONDS = 0.2
 _RETRY_MAX_SECONDS = 5.0

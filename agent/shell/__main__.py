@@ -8,7 +8,7 @@ because it forks, which one that has used gRPC must not.
 
 from __future__ import annotations
 
-import os
+import select
 import sys
 
 from agent.console import write_line
@@ -19,8 +19,6 @@ from agent.options import OptionError, parse, usage
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-_NICE = 10
 
 
 def main(words: Sequence[str]) -> int:
@@ -35,16 +33,16 @@ def main(words: Sequence[str]) -> int:
     except OptionError as error:
         write_line("shell", str(error))
         return 2
-    # Nobody waits for a shell while the VM starts; what runs in a session is as urgent as usual.
-    os.setpriority(os.PRIO_PROCESS, 0, _NICE)
+    address = options["maitred.shell_listen"]
+    listening = sockets.get(address)
+    if listening is not None:
+        # PID 1 lets callers wait. Most VMs are never asked for a shell, and none while it starts.
+        poll = select.poll()
+        poll.register(listening, select.POLLIN)
+        poll.poll()
     from agent.shell.server import run
 
-    try:
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
-    except PermissionError:
-        pass
-    address = options["maitred.shell_listen"]
-    return run(address, inherited=sockets.get(address))
+    return run(address, inherited=listening)
 
 
 if __name__ == "__main__":
