@@ -8,7 +8,7 @@ import binascii
 import os
 
 from agent.console import write_line
-from agent.process_supervisor.lean import dumps, socket
+from agent.process_supervisor.lean import socket
 from agent.process_supervisor.loop import BROKEN, READABLE, WRITABLE, read, report
 from agent.process_supervisor.protocol import (
     MAX_LINE,
@@ -41,7 +41,7 @@ _MAX_FOLLOWING = 8
 """`events` requests that one client can have open."""
 
 _PAGE = 32 * 1024
-"""Bytes of rows in one answer to `list`, about."""
+"""Bytes of output in one message."""
 
 _ACCEPT_PAUSE = 0.5
 """Seconds until accepting is tried again when there was no descriptor or memory left for it."""
@@ -316,24 +316,17 @@ class Connection:
         self._accepted(number, pid=self._control.table.signal(key, name))
 
     def _do_list(self, number: int, request: dict[str, Any]) -> None:
-        now = self._control.loop.now()
+        from agent.process_supervisor.listing import describe, page
+
+        table, now = self._control.table, self._control.loop.now()
         if "key" in request:
-            process = self._control.table.get(_text(request, "key", "list"), "list")
-            self._accepted(number, processes=[process.describe(now)], more=False)
+            process = table.get(_text(request, "key", "list"), "list")
+            self._accepted(number, processes=[describe(process, now)], more=False)
             return
         after = request.get("after", 0)
         if type(after) is not int:
             raise ProtocolError("EINVAL", "cannot list: after is not a number")
-        rows: list[dict[str, Any]] = []
-        room, more = _PAGE, False
-        for process in self._control.table:
-            if process.serial > after:
-                row = process.describe(now)
-                room -= len(dumps(row))
-                if rows and room < 0:
-                    more = True
-                    break
-                rows.append(row)
+        rows, more = page(table, after, now)
         self._accepted(number, processes=rows, more=more, supervisor=self._control.describe())
 
     def _do_events(self, number: int, request: dict[str, Any]) -> None:

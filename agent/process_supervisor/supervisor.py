@@ -164,13 +164,14 @@ class Supervisor:
 
     @staticmethod
     def load_the_rest() -> None:
-        """Imports what only the end needs: not before maitred runs, as that would hold it up, and
-        not at the end, when the disk may be gone.
+        """Imports what is needed later: not before maitred runs, as that would hold it up, and not
+        when it is needed, as the disk may be gone, or have the next version of it.
         """
         import gc
 
+        import agent.process_supervisor.listing
         import agent.process_supervisor.shutdown
-        import agent.process_supervisor.upgrade  # noqa: F401  # the disk may have the next one's
+        import agent.process_supervisor.upgrade  # noqa: F401
 
         gc.freeze()  # the program itself is no garbage: it need not be looked through again
 

@@ -99,52 +99,10 @@ class Process:
         self.waiters: dict[object, Callable[[], object]] = {}
         self.stop_waiters: dict[object, Callable[[], object]] = {}
 
-    def describe(self, now: float) -> dict[str, Any]:
-        """The row as `list` shows it; times in seconds before (uptime, ago) or after now (due)."""
-        row: dict[str, Any] = {
-            "serial": self.serial,
-            "key": self.key,
-            "argv": _shortened(self.spec.argv),
-            "state": self.state,
-            "pid": self.pid,
-            "starts": self.starts,
-            "respawn": self.spec.respawn,
-            "recent_starts": sum(now - start <= WINDOW for start in self.recent_starts),
-        }
-        for flag in ("backoff", "console", "once"):
-            if getattr(self.spec, flag):
-                row[flag] = True
-        if self.spec.listen:
-            row["listen"] = self.spec.listen
-        if self.pid is not None:
-            row["uptime"] = round(now - self.started_at, 3)
-        if self.last_exit:
-            status, code = self.last_exit
-            row["last_exit"] = {
-                "status": status,
-                "code": code,
-                "ago": round(now - self.ended_at, 3),
-            }
-        if self.state == BACKING_OFF and self.timer:
-            row["due"] = round(self.timer.due - now, 3)
-        return row
-
 
 def _what(spec: ProcessSpec) -> tuple[object, ...]:
     """What two launches of one name have to agree on."""
     return spec.argv, spec.env, spec.listen
-
-
-def _shortened(argv: list[str]) -> list[str]:
-    """As much of an argv as is worth showing."""
-    shown: list[str] = []
-    room = 2000
-    for argument in argv:
-        if room <= 0:
-            return [*shown, "..."]
-        shown.append(argument if len(argument) <= room else argument[:room] + "...")
-        room -= len(argument) + 1
-    return shown
 
 
 class Table:

@@ -17,6 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from agent.process_supervisor.listing import describe
 from agent.process_supervisor.loop import Timers
 from agent.process_supervisor.protocol import ProcessSpec, ProtocolError
 from agent.process_supervisor.table import ENDED, MAX_ENDED, Process, Table
@@ -119,7 +120,7 @@ def test_back_off_doubles_up_to_30_s_and_begins_afresh_after_a_long_run(world: W
         assert process.state == "running"
     world.now += 31
     world.exit(pid_of(process))
-    assert process.describe(world.now)["due"] == 0.5
+    assert describe(process, world.now)["due"] == 0.5
 
 
 def test_one_that_spoke_to_pid_1_is_started_again_at_once(world: World) -> None:
@@ -328,7 +329,7 @@ class TableMachine(RuleBasedStateMachine):
             assert (row.timer is not None) <= (row.state in {"stopping", "backing_off"})
             assert row.state != "backing_off" or row.timer is not None
             assert row.state not in ENDED or not (row.waiters or row.stop_waiters)
-            assert row.describe(self.world.now)["state"] == row.state
+            assert describe(row, self.world.now)["state"] == row.state
         pending = sum(len(row.waiters) + len(row.stop_waiters) for row in rows)
         assert pending + self.answered == self.waiting
 
