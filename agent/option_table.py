@@ -106,6 +106,12 @@ TREMPLIN = (
         "tremplin.shared_dir", parse_path, "/mnt/shared", "shown in the containers as /mnt/chromeos"
     ),
     Option(
+        "tremplin.allow_privileged",
+        parse_flag,
+        "no",
+        "whether LXD may run privileged containers (StartTermina says so)",
+    ),
+    Option(
         "tremplin.download_timeout",
         _seconds,
         "60",

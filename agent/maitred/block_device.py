@@ -52,6 +52,12 @@ async def wait_for(
         return
 
 
+def size(path: str) -> int:
+    """Bytes. Raises OSError."""
+    with open(path, "rb", buffering=0) as device:
+        return device.seek(0, os.SEEK_END)
+
+
 async def content(path: str) -> str:
     """What libblkid finds on the device: "btrfs", "ext4", "crypto_LUKS", "dos partition table",
     "" for a device that holds nothing at all.

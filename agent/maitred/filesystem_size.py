@@ -7,14 +7,13 @@ import logging
 import os
 import re
 
-from agent.maitred import mount_table, stateful_disk, storage_balloon
+from agent.maitred import block_device, mount_table, stateful_disk, storage_balloon
 from agent.maitred.commands import run
 from agent.maitred.errors import CallError, Failed, NotNow
 from agent.pb import vm_guest_pb2
 
 _log = logging.getLogger(__name__)
 
-_SECTOR = 4096
 _STEP = 1 << 30
 """Bytes shrunk at a time, so that a shrink shows how far it is and keeps what it has reached."""
 
@@ -34,10 +33,10 @@ class FilesystemSize:
         """Begins to give the filesystem this many bytes, down to a whole sector."""
         if self._resizing is not None:
             return Status.ALREADY_IN_PROGRESS
-        target = size - size % _SECTOR
+        target = size - size % stateful_disk.SECTOR
         try:
             mount = self._mounted()
-            limit = _device_bytes(mount)
+            limit = block_device.size(mount.source)
             if not 0 < target <= limit:
                 raise Failed(f"{size} bytes are not from 1 to the {limit} of {mount.source}")
             now = self._size()
@@ -107,10 +106,4 @@ class FilesystemSize:
         return mount
 
     def _size(self) -> int:
-        status = os.statvfs(self._directory)
-        return status.f_blocks * status.f_frsize
-
-
-def _device_bytes(mount: mount_table.Mount) -> int:
-    with open(mount.source, "rb", buffering=0) as device:
-        return device.seek(0, os.SEEK_END)
+        return stateful_disk.total_bytes(self._directory)

@@ -15,6 +15,9 @@ from agent.maitred.mount_target import open_target
 
 _log = logging.getLogger(__name__)
 
+SECTOR = 4096
+"""Bytes; a btrfs is a whole number of these long."""
+
 _FSTYPE = "btrfs"
 _OPTIONS = "user_subvol_rm_allowed,discard"
 _APPEAR_SECONDS = 5.0
@@ -58,7 +61,7 @@ async def mount(device: str, target: str) -> bool:
     try:
         if mounted is None:  # how much room the host has, it says anew after each boot
             storage_balloon.remove(target)
-        await asyncio.to_thread(resize, target, "max")
+        await asyncio.to_thread(_grow, target, device)
     except OSError as error:
         _log.warning("cannot use all of the stateful disk: %s", error.strerror)
     return lost_data
@@ -134,6 +137,13 @@ def _mount(device: str, target: str) -> bool:
     return False
 
 
+def _grow(target: str, device: str) -> None:
+    # btrfs refuses to resize below 256 MiB, even to the size that it has.
+    room = block_device.size(device)
+    if total_bytes(target) < room - room % SECTOR:
+        resize(target, "max")
+
+
 def resize(target: str, size: str) -> None:
     """Grows or shrinks the mounted btrfs, online; blocks until it is done.
 
@@ -144,6 +154,12 @@ def resize(target: str, size: str) -> None:
         syscalls.ioctl(descriptor, _BTRFS_IOC_RESIZE, _VOL_ARGS.pack(0, size.encode()))
     finally:
         os.close(descriptor)
+
+
+def total_bytes(target: str) -> int:
+    """Bytes of the mounted filesystem, used ones included. Raises OSError."""
+    status = os.statvfs(target)
+    return status.f_blocks * status.f_frsize
 
 
 def free_bytes(target: str) -> int:

@@ -43,7 +43,9 @@ class Termina:
         try:
             subnet = ipv4.check_bridge_subnet(request.lxd_ipv4_subnet)
             device = check_device(request.stateful_device)
-            tremplin = self._tremplin_argv(str(subnet))
+            tremplin = self._tremplin_argv(
+                str(subnet), allow_privileged=request.allow_privileged_containers
+            )
             async with self._one_at_a_time:
                 await self._start(response, device=device, tremplin=tremplin)
         except stateful_disk.DiskError as error:
@@ -90,7 +92,7 @@ class Termina:
             )
         response.status = Response.SUCCESS
 
-    def _tremplin_argv(self, subnet: str) -> list[str]:
+    def _tremplin_argv(self, subnet: str, *, allow_privileged: bool) -> list[str]:
         given = self._options.given
         words = [word for word in self._options.words() if word.startswith("tremplin.")]
         if isinstance(self._options["maitred.listen"], UnixAddress) and isinstance(
@@ -103,6 +105,8 @@ class Termina:
         if "tremplin.run_dir" not in given:
             words.append(f"tremplin.run_dir={self._options['maitred.run_dir']}")
         words.append(f"tremplin.lxd_subnet={subnet}")
+        if allow_privileged:
+            words.append("tremplin.allow_privileged=yes")
         if command := self._options["tremplin.command"]:
             return [command, *words]
         return program("agent.tremplin", words)

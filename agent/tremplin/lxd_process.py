@@ -26,7 +26,7 @@ def environment(options: Options) -> dict[str, str]:
     return {
         "LXD_DIR": options["tremplin.lxd_dir"],
         "LXD_CONF": options["tremplin.lxd_conf"],
-        "LXD_UNPRIVILEGED_ONLY": "true",
+        "LXD_UNPRIVILEGED_ONLY": "false" if options["tremplin.allow_privileged"] else "true",
     }
 
 

@@ -126,6 +126,23 @@ def test_two_calls_at_once_format_once(tmp_path: Path, disk: str) -> None:
     _in_vm(tmp_path, scenario)
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_privileged_containers_are_the_hosts_to_allow(
+    tmp_path: Path, disk: str, allowed: bool
+) -> None:
+    async def scenario(vm: Vm) -> None:
+        request = vm_guest_pb2.StartTerminaRequest(
+            lxd_ipv4_subnet="100.115.92.1/24",
+            stateful_device=disk,
+            allow_privileged_containers=allowed,
+        )
+        assert (await vm.maitred.StartTermina(request)).status == Response.SUCCESS
+        words = vm.processes()[vm.pid_of(str(tmp_path / "tremplin"))]
+        assert ("tremplin.allow_privileged=yes" in words) is allowed
+
+    _in_vm(tmp_path, scenario)
+
+
 def test_another_subnet_while_it_runs_is_refused(tmp_path: Path, disk: str) -> None:
     async def scenario(vm: Vm) -> None:
         assert (await _start(vm, disk)).status == Response.SUCCESS

@@ -1,5 +1,5 @@
-"""What of maitred only a VM shows: vsock and who gets in, the clock, the kernel's log, real disks,
-and the remote shell over vsock. One VM without containers.
+"""What of maitred only a VM shows: vsock and who gets in, the clock, the kernel's log, and
+the remote shell over vsock. One VM without containers.
 """
 
 from __future__ import annotations
@@ -8,14 +8,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from agent.pb import common_pb2, vm_guest_pb2, vm_host_pb2, vsh_pb2
+from agent.pb import vm_guest_pb2, vm_host_pb2, vsh_pb2
 from host import shell
 from host.build_files import GuestImage
 from host.commands import run_in_guest
@@ -24,9 +23,6 @@ from host.vm import Vm
 from tests.vm.vms import boot, new_vm
 
 pytestmark = pytest.mark.timeout(240)
-
-EMPTY = common_pb2.EmptyMessage()
-Response = vm_guest_pb2.StartTerminaResponse
 
 _KNOCK = """
 import fcntl, socket, struct
@@ -133,30 +129,6 @@ def test_users_and_timezone_work_on_a_read_only_root(vm: Vm, runner: asyncio.Run
             await vm.maitred.SetTimezone(zone)
             assert (await run_in_guest(vm, ["date", "+%Z"])).output.strip() == "JST"
         await vm.maitred.SetTimezone(vm_guest_pb2.SetTimezoneRequest())
-
-    runner.run(scenario())
-
-
-def test_disks_are_taken_for_what_they_are(vm: Vm, runner: asyncio.Runner) -> None:
-    """A disk with another filesystem is refused, one that is missing named, a blank one used."""
-
-    async def start(device: str) -> Any:
-        request = vm_guest_pb2.StartTerminaRequest(
-            lxd_ipv4_subnet="100.115.92.1/24", stateful_device=device
-        )
-        return await vm.maitred.StartTermina(request, timeout=150)
-
-    async def scenario() -> None:
-        refused = await start("/dev/vdb")
-        assert refused.status == Response.FAILED
-        assert "/dev/vdb holds ext4" in refused.failure_reason
-        missing = await start("/dev/vdy")
-        assert "there is no device /dev/vdy" in missing.failure_reason
-        used = await start("/dev/vdc")
-        assert (used.status, used.failure_reason) == (Response.SUCCESS, "")
-        assert used.free_bytes > 1 << 30
-        space = await vm.maitred.GetAvailableSpace(EMPTY)
-        assert space.available_space > 1 << 30
 
     runner.run(scenario())
 
