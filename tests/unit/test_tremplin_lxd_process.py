@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from agent.tremplin.lxd_process import drop_torn_keys
+from agent.option_table import TREMPLIN
+from agent.options import parse
+from agent.tremplin.lxd_process import drop_torn_keys, environment
 
 _WHOLE = "-----BEGIN X-----\nabc\n-----END X-----\n"
 
@@ -37,3 +39,11 @@ def test_torn_keys_of_an_earlier_boot_go(
 def test_nothing_there_yet(tmp_path: Path) -> None:
     """The first start of all."""
     drop_torn_keys(str(tmp_path), booted_at=1_000_000.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "only"), [([], "true"), (["tremplin.allow_privileged=yes"], "false")]
+)
+def test_privileged_containers_are_refused_unless_allowed(words: list[str], only: str) -> None:
+    """By LXD itself, through its environment."""
+    assert environment(parse(words, TREMPLIN))["LXD_UNPRIVILEGED_ONLY"] == only
