@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import sys
 
+from agent.console import write_line
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -217,6 +219,25 @@ def parse(
                 raise
             on_error(error)
     return Options(values, given)
+
+
+def from_arguments(
+    words: Sequence[str], table: Sequence[Option], *, module: str, name: str, summary: str
+) -> Options | int:
+    """A program's options, or the exit code it ends with at once: 0 after --help, which prints what
+    there is, 2 after an option that cannot be used, which is said on the console.
+
+    words: the arguments, as parse() takes them. module: how the program is called; name: how it
+    calls itself on the console; summary: a line on what it does.
+    """
+    if "--help" in words or "-h" in words:
+        sys.stdout.write(usage(f"python -m {module}", summary, table) + "\n")
+        return 0
+    try:
+        return parse(words, table)
+    except OptionError as error:
+        write_line(name, str(error))
+        return 2
 
 
 def usage(program: str, summary: str, table: Iterable[Option]) -> str:

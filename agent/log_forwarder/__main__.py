@@ -12,26 +12,23 @@ import sys
 
 from agent.console import write_line
 from agent.option_table import ALL
-from agent.options import OptionError, parse, usage
+from agent.options import from_arguments
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_SUMMARY = "Sends logs to the host."
 _NICE = 10
 
 
 def main(words: Sequence[str]) -> int:
     """The exit code: 0 after SIGTERM, 1 when it could not serve, 2 for a bad option."""
-    if "--help" in words or "-h" in words:
-        text = usage("python -m agent.log_forwarder", "Sends logs to the host.", ALL)
-        sys.stdout.write(text + "\n")
-        return 0
-    try:
-        options = parse(words, ALL)
-    except OptionError as error:
-        write_line("logs", str(error))
-        return 2
+    options = from_arguments(
+        words, ALL, module="agent.log_forwarder", name="logs", summary=_SUMMARY
+    )
+    if isinstance(options, int):
+        return options
     from agent.log_forwarder import sources
 
     try:

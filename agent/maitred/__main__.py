@@ -10,29 +10,23 @@ from __future__ import annotations
 
 import sys
 
-from agent.console import write_line
 from agent.listening import inherited
 from agent.option_table import ALL
-from agent.options import OptionError, parse, usage
+from agent.options import from_arguments
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_SUMMARY = "Serves Maitred, the guest's side of a VM."
+
 
 def main(words: Sequence[str]) -> int:
     """The exit code: 0 after SIGTERM, 1 when it could not serve, 2 for a bad option."""
     sockets = inherited()
-    if "--help" in words or "-h" in words:
-        text = usage("python -m agent.maitred", "Serves Maitred, the guest's side of a VM.", ALL)
-        sys.stdout.write(text + "\n")
-        return 0
-    try:
-        options = parse(words, ALL)
-    except OptionError as error:
-        write_line("maitred", str(error))
-        return 2
-
+    options = from_arguments(words, ALL, module="agent.maitred", name="maitred", summary=_SUMMARY)
+    if isinstance(options, int):
+        return options
     _import_asyncio()
     from agent.maitred.daemon import run
 

@@ -10,13 +10,12 @@ import sys
 from agent.console import write_line
 from agent.option_table import ALL
 from agent.options import (
-    OptionError,
     UnixAddress,
     VsockAddress,
+    from_arguments,
     from_kernel_command_line,
     parse,
     program,
-    usage,
 )
 from agent.process_supervisor.spawn import Stdio
 from agent.process_supervisor.supervisor import Supervisor, maitred_spec
@@ -41,17 +40,14 @@ def main(words: list[str]) -> int:
 
     words: the arguments.
     """
-    if {"--help", "-h"} & set(words):
-        print(usage("python -m agent.process_supervisor", _SUMMARY, ALL))  # noqa: T201
-        return 0
     handed_over = os.environ.pop("PROCESS_SUPERVISOR_STATE", "")
     if handed_over.isdigit():
         return _go_on(words, int(handed_over))
-    try:
-        options = parse(words, ALL)
-    except OptionError as error:
-        write_line("init", str(error))
-        return 2
+    options = from_arguments(
+        words, ALL, module="agent.process_supervisor", name="init", summary=_SUMMARY
+    )
+    if isinstance(options, int):
+        return options
     if options["maitred.setup"]:
         return _run_machine(words, None)
     return _run_guest_of_machine(options, None)

@@ -11,28 +11,23 @@ from __future__ import annotations
 import select
 import sys
 
-from agent.console import write_line
 from agent.listening import inherited
 from agent.option_table import ALL
-from agent.options import OptionError, parse, usage
+from agent.options import from_arguments
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_SUMMARY = "Serves remote shells."
+
 
 def main(words: Sequence[str]) -> int:
     """The exit code: 0 after SIGTERM, 1 when it could not serve, 2 for a bad option."""
     sockets = inherited()
-    if "--help" in words or "-h" in words:
-        text = usage("python -m agent.shell", "Serves remote shells.", ALL)
-        sys.stdout.write(text + "\n")
-        return 0
-    try:
-        options = parse(words, ALL)
-    except OptionError as error:
-        write_line("shell", str(error))
-        return 2
+    options = from_arguments(words, ALL, module="agent.shell", name="shell", summary=_SUMMARY)
+    if isinstance(options, int):
+        return options
     address = options["maitred.shell_listen"]
     listening = sockets.get(address)
     if listening is not None:

@@ -9,7 +9,7 @@ import sys
 from agent.console import write_line
 from agent.listening import inherited
 from agent.option_table import TREMPLIN
-from agent.options import OptionError, parse, usage
+from agent.options import from_arguments
 from agent.tremplin.lxd_process import SupervisorError, launch
 
 _SUMMARY = "Serves vm_tools.tremplin.Tremplin: creates, starts and sets up containers in LXD."
@@ -18,14 +18,11 @@ _SUMMARY = "Serves vm_tools.tremplin.Tremplin: creates, starts and sets up conta
 def main(words: list[str]) -> int:
     """Runs tremplin. words: its arguments. The exit code: 2 for options that cannot be used."""
     sockets = inherited()
-    if words and words[0] in {"-h", "--help"}:
-        print(usage("python -m agent.tremplin", _SUMMARY, TREMPLIN))  # noqa: T201
-        return 0
-    try:
-        options = parse(words, TREMPLIN)
-    except OptionError as error:
-        write_line("tremplin", str(error))
-        return 2
+    options = from_arguments(
+        words, TREMPLIN, module="agent.tremplin", name="tremplin", summary=_SUMMARY
+    )
+    if isinstance(options, int):
+        return options
     try:
         write_line("tremplin", launch(options))
     except (OSError, SupervisorError) as error:
