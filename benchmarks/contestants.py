@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from agent.process_supervisor.client import AsyncClient
+from agent.process_supervisor.client import AsyncClient, Client, SupervisorGone
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROGRAMS = REPOSITORY / "build/benchmarks"
@@ -147,8 +147,14 @@ def _ours(path: Path) -> Contestant:
     options = ["maitred.setup=no", f"maitred.run_dir={path}/run", f"maitred.listen=unix:{path}/m"]
     options.append(f"maitred.command={idle_program}")
     contestant = Contestant(path, [PYTHON, "-I", "-S", "-c", _ENTRY, *options])
-    until((path / "run/supervisor.sock").exists)
+    until(lambda: _answers(path / "run"))
     return contestant
+
+
+def _answers(run_dir: Path) -> bool:
+    with contextlib.suppress(SupervisorGone), Client.connect(str(run_dir)):
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -82,10 +82,15 @@ def test_it_listens_before_its_process_does_and_is_private(path: Path, client: C
     assert client.info("s")["listen"] == [f"unix:{path}"]
 
 
-def test_who_connects_while_it_is_away_is_served_by_the_next(path: Path, client: Client) -> None:
+def test_who_connects_while_it_is_away_is_served_by_the_next(
+    pid_one: PidOne, path: Path, client: Client
+) -> None:
     first, _ = answer(call(path, b"hello"))
+    client.signal("s", "SIGSTOP")  # or it might accept in the moment before it is killed
+    wait_until("it is suspended", lambda: "T" in pid_one.children().values())
+    waiting = call(path, b"killed")
     client.signal("s", "SIGKILL")
-    second, word = answer(call(path, b"killed"))
+    second, word = answer(waiting)
     assert word == b"killed"
     client.stop("s")
     waiting = call(path, b"stopped")
