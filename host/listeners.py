@@ -55,6 +55,7 @@ class Recorder:
         self.events: list[Event] = []
         self.logs: deque[Any] = deque(maxlen=_LOG_RECORDS_KEPT)
         """LogRecords of the LogCollector, kernel and user ones mixed, oldest first."""
+        self._last_logs: dict[str, Any] = {}
         self._handlers: dict[str, Handler] = {}
         self._arrived = asyncio.Condition()
 
@@ -79,6 +80,14 @@ class Recorder:
         if handler := self._handlers.get(call):
             await handler(message)
 
+    def take_logs(self, call: str, request: Any) -> None:
+        """Keeps the records of a call, unless it is the one before once more: the guest repeats a
+        call, word for word, whose answer it has not got.
+        """
+        if request != self._last_logs.get(call):
+            self._last_logs[call] = request
+            self.logs.extend(request.records)
+
     async def wait_for(
         self, call: str, matches: Callable[[Any], bool] = lambda _: True, *, since: int = 0
     ) -> Any:
@@ -102,7 +111,7 @@ def _service(descriptor: ServiceDescriptor, recorder: Recorder) -> grpc.GenericR
     def method(call: str, answer: type[Message]) -> Callable[[Any, Any], Awaitable[Message]]:
         async def answer_call(request: Any, _context: Any) -> Message:
             if descriptor is _LOG_COLLECTOR:
-                recorder.logs.extend(request.records)
+                recorder.take_logs(call, request)
             else:
                 await recorder.record(call, request)
             return answer()

@@ -149,6 +149,8 @@ class _Syslog:
         self.descriptor = server.fileno()
         self._server = server
         self._sender = sender
+        self._time = 0
+        self._repeats = 0
 
     def read(self) -> bool:
         """Takes what there is, up to a limit; whether there may be more."""
@@ -157,5 +159,11 @@ class _Syslog:
                 data = self._server.recv(_MESSAGE_MAX)
             except (BlockingIOError, InterruptedError):
                 return False
-            self._sender.put(records.from_syslog(data, now=time.time_ns()))
+            record = records.from_syslog(data, now=time.time_ns())
+            # Lines of the same second and words are apart in time, so that a host can tell a batch
+            # that is sent again from one that is alike.
+            self._repeats = self._repeats + 1 if record.time == self._time else 0
+            self._time = record.time
+            record.time += self._repeats
+            self._sender.put(record)
         return True

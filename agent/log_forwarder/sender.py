@@ -27,7 +27,19 @@ BUFFER_BYTES = 8 << 20
 
 _BATCH_BYTES = 256 << 10
 _BATCH_SECONDS = 0.5
-_CALL_SECONDS = 10.0
+_CALL_SECONDS = 120.0
+"""So long that a slow host is not sent again what it is still busy with. A host that is gone is
+noticed by the end of its connection."""
+_AWAY = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNIMPLEMENTED,  # a host that has not come up yet
+    }
+)
+_REFUSALS_MAX = 3
+"""How often a batch is offered to a host that answers, but with an error."""
 _RETRY_FIRST_SECONDS = 0.2
 _RETRY_MAX_SECONDS = 5.0
 
@@ -81,19 +93,26 @@ class Sender:
             await self._has_some.wait()
             if self._bytes < _BATCH_BYTES and not self._hurry:
                 await asyncio.sleep(_BATCH_SECONDS)
-            batch, last = self._take()
-            await self._send(batch)
+            batch, last, count = self._take()
+            try:
+                await self._send(batch)
+            except grpc.aio.AioRpcError as error:
+                # One batch that the host cannot stomach shall not hold up all that comes after it.
+                _log.warning("the host refused %d records: %s", count, error.code().name)
+                self._dropped += count
             if last and self._delivered is not None:
                 self._delivered(last)
             if not self._waiting:
                 self._has_some.clear()
                 self._is_idle.set()
 
-    def _take(self) -> tuple[bytes, int]:
+    def _take(self) -> tuple[bytes, int, int]:
+        """A batch, the last sequence in it, and how many records it stands for."""
         parts = []
         size = last = 0
+        count = self._dropped
         if self._dropped:
-            text = f"log forwarder: {self._dropped} records are missing here: no room for them"
+            text = f"log forwarder: {self._dropped} records are missing here"
             parts.append(Record(vm_host_pb2.WARNING, time.time_ns(), text.encode()).encode())
             self._dropped = 0
         while self._waiting and size < _BATCH_BYTES:
@@ -102,20 +121,33 @@ class Sender:
             size += len(encoded)
             last = max(last, sequence)
             parts.append(encoded)
-        return b"".join(parts), last
+            count += 1
+        return b"".join(parts), last, count
 
     async def _send(self, batch: bytes) -> None:
+        """Tries until the host has answered, with the same bytes, by which a host can tell that a
+        batch is one that it has already. Raises AioRpcError: it was refused again and again.
+        """
         try:
             await self._call(batch, timeout=_CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             _log.debug("the host does not take logs: %s", error.code().name)
+            refusals = int(error.code() not in _AWAY)
         else:
             return
         import tenacity
 
+        def is_worth_a_try(error: BaseException) -> bool:
+            nonlocal refusals
+            if not isinstance(error, grpc.aio.AioRpcError):
+                return False
+            refusals += error.code() not in _AWAY
+            return refusals < _REFUSALS_MAX
+
         async for attempt in tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(grpc.aio.AioRpcError),
+            retry=tenacity.retry_if_exception(is_worth_a_try),
             wait=tenacity.wait_random_exponential(_RETRY_FIRST_SECONDS, _RETRY_MAX_SECONDS),
+            reraise=True,
         ):
             with attempt:
                 await self._call(batch, timeout=_CALL_SECONDS)

@@ -124,6 +124,63 @@ def test_what_was_logged_while_the_host_was_away_comes_later(tmp_path: Path) -> 
     in_vm(tmp_path, scenario, options=_options(tmp_path))
 
 
+class _FailingCollector(_Collector):
+    """Notes each call, and fails those with a certain line in them, a few times."""
+
+    def __init__(self, code: grpc.StatusCode, *, line: bytes, times: int) -> None:
+        super().__init__()
+        self.calls: list[list[bytes]] = []
+        self._code = code
+        self._line = line
+        self._times = times
+
+    async def CollectUserLogs(self, request: vm_host_pb2.LogRequest, context: Any) -> Any:
+        contents = [one.content for one in request.records]
+        async with self.arrived:
+            self.calls.append(contents)
+            self.arrived.notify_all()
+        if self._line in contents and self._times:
+            self._times -= 1
+            await context.abort(self._code, "on purpose")
+        return await self._take(request, self.user)
+
+    async def called(self, times: int) -> None:
+        async with asyncio.timeout(60), self.arrived:
+            await self.arrived.wait_for(lambda: len(self.calls) >= times)
+
+
+def test_a_batch_whose_answer_was_lost_is_sent_again_as_it_was(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        collector = _FailingCollector(grpc.StatusCode.UNAVAILABLE, line=b"same", times=4)
+        async with collector.listening(tmp_path / "logs"), _log_socket(tmp_path) as log:
+            for _ in range(3):
+                log.send(b"<13>Jan  1 00:00:00 same")
+            log.send(b"<13>last")
+            await collector.wait_for(b"last")
+        assert collector.calls[:4] == [collector.calls[0]] * 4
+        assert [one.content for one in collector.user] == [b"same"] * 3 + [b"last"]
+        times = [(one.timestamp.seconds, one.timestamp.nanos) for one in collector.user]
+        assert times[0] < times[1] < times[2]
+
+    in_vm(tmp_path, scenario, options=_options(tmp_path))
+
+
+def test_a_batch_that_the_host_refuses_does_not_hold_up_the_others(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        collector = _FailingCollector(grpc.StatusCode.INTERNAL, line=b"bad", times=99)
+        async with collector.listening(tmp_path / "logs"), _log_socket(tmp_path) as log:
+            log.send(b"<13>bad")
+            await collector.called(3)
+            log.send(b"<13>good")
+            await collector.wait_for(b"good")
+        assert collector.calls[:3] == [[b"bad"]] * 3
+        notice, good = collector.user
+        assert notice.content.startswith(b"log forwarder: 1 records are missing here")
+        assert good.content == b"good"
+
+    in_vm(tmp_path, scenario, options=_options(tmp_path))
+
+
 def test_what_had_no_room_is_counted_and_said(tmp_path: Path) -> None:
     async def scenario(vm: Vm) -> None:
         collector = _Collector()
