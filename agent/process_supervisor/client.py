@@ -69,7 +69,7 @@ class Exit:
 class Launched:
     """A process that was launched.
 
-    key: its name in all other calls. pid: None when it does not run. state: see process.py.
+    key: its name in all other calls. pid: None when it does not run. state: see table.py.
     existing: it was there before. exit: how it ended, when that was waited for.
     """
 

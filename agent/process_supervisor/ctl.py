@@ -146,7 +146,7 @@ def _show(client: Client, arguments: argparse.Namespace) -> None:
     lines = {
         "key": row["key"],
         "command": " ".join(row["argv"]),
-        "state": row["state"],
+        "state": row["state"] + (f": {row['reason']}" if "reason" in row else ""),
         "pid": row["pid"] or "-",
         "up": _since(row),
         "starts": f"{row['starts']}, {row['recent_starts']} of them in the last 30 s",
@@ -161,19 +161,24 @@ def _show(client: Client, arguments: argparse.Namespace) -> None:
 
 
 def _output(client: Client, arguments: argparse.Namespace) -> None:
-    stream = sys.stdout.buffer
     with Client.connect(arguments.run_dir) as follower:
         # Followed before it is read: nothing that is printed in between is lost.
         events = follower.events(output=True) if arguments.follow else iter(())
         offset, output = client.output(arguments.key)
-        stream.write(output)
-        stream.flush()
+        _print_output(arguments, output)
         for event in events:
             if event.name == "output" and event.key == arguments.key:
                 # By offset, as some of it may have been in the first answer already.
                 offset, output = client.output(arguments.key, offset)
-                stream.write(output)
-                stream.flush()
+                _print_output(arguments, output)
+
+
+def _print_output(arguments: argparse.Namespace, output: bytes) -> None:
+    if arguments.json:
+        _say(arguments, {"output": output.decode(errors="replace")}, "")
+    else:
+        sys.stdout.buffer.write(output)
+        sys.stdout.flush()
 
 
 def _events(client: Client, arguments: argparse.Namespace) -> None:
@@ -231,8 +236,11 @@ def _launch(client: Client, arguments: argparse.Namespace) -> int:
         _say(arguments, value, f"{launched.key} (pid {launched.pid})")
         return 0
     _offset, output = client.output(launched.key)
-    sys.stdout.buffer.write(output)
-    sys.stdout.flush()
+    if arguments.json:
+        ended = {"key": launched.key, "status": launched.exit.status, "code": launched.exit.code}
+        _say(arguments, {**ended, "output": output.decode(errors="replace")}, "")
+    else:
+        _print_output(arguments, output)
     return launched.exit.code if launched.exit.status == "exited" else 128 + launched.exit.code
 
 

@@ -47,6 +47,8 @@ def describe(process: Process, now: float) -> dict[str, Any]:
     for flag in ("backoff", "console", "once"):
         if getattr(process.spec, flag):
             row[flag] = True
+    if process.stop_reason:
+        row["reason"] = process.stop_reason
     if process.spec.listen:
         row["listen"] = process.spec.listen
     if process.pid is not None:

@@ -21,6 +21,9 @@ WRITABLE = select.EPOLLOUT
 BROKEN = select.EPOLLERR | select.EPOLLHUP
 """Comes unasked."""
 
+_SWEEP_AT = 256
+"""Timers, cancelled ones among them, from which on it is worth looking for those."""
+
 _BUFFER = memoryview(bytearray(65536))
 
 
@@ -73,9 +76,15 @@ class Timers:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.now = clock
         self._heap: list[Timer] = []
+        self._sweep_at = _SWEEP_AT
 
     def call_later(self, delay: float, callback: Callable[[], object]) -> Timer:
         """Calls callback in delay seconds."""
+        if len(self._heap) >= self._sweep_at:
+            # Cancelled ones stay until they would be due, which may be an hour.
+            self._heap = [timer for timer in self._heap if timer._callback]
+            heapq.heapify(self._heap)
+            self._sweep_at = max(_SWEEP_AT, 2 * len(self._heap))
         timer = Timer(self.now() + delay, callback)
         heapq.heappush(self._heap, timer)
         return timer

@@ -34,6 +34,8 @@ MAX_STARTS = 10
 WINDOW = 30.0
 """A respawning process that was started more than MAX_STARTS times in WINDOW seconds is stopped."""
 
+_TOO_OFTEN = f"it was started more than {MAX_STARTS} times in {WINDOW:.0f} s"
+
 FIRST_DELAY = 0.5
 MAX_DELAY = 30.0
 """Back-off between starts, in seconds: doubles from the first to the last, with 10 % jitter."""
@@ -72,6 +74,7 @@ class Process:
         "started_at",
         "starts",
         "state",
+        "stop_reason",
         "stop_waiters",
         "timer",
         "waiters",
@@ -88,6 +91,8 @@ class Process:
         self.started_at = 0.0
         self.ended_at = 0.0
         self.last_exit: tuple[str, int] | None = None
+        self.stop_reason = ""
+        """Why it is stopped, when nobody asked for it."""
         self.failures = 0
         self.spoke = False
         """In this run it has made a request of PID 1: it came up, so back-off begins afresh."""
@@ -311,6 +316,7 @@ class Table:
         del process.recent_starts[: -MAX_STARTS - 1]
         process.starts += 1
         process.spoke = False
+        process.stop_reason = ""
         process.state = RUNNING
         self._emit("started", process, {"pid": process.pid, "starts": process.starts})
 
@@ -337,7 +343,7 @@ class Table:
         if process.spec.backoff and not process.spoke:
             self._back_off(process)
         elif not process.spec.backoff and self._too_often(process):
-            self._enter_ended(process, STOPPED, reason="it was started too often")
+            self._enter_ended(process, STOPPED, reason=_TOO_OFTEN)
         else:
             process.failures = 0
             self._start_or_back_off(process)
@@ -367,6 +373,7 @@ class Table:
     def _enter_ended(self, process: Process, state: str, *, reason: str = "") -> None:
         self._forget_timer(process)
         process.state = state
+        process.stop_reason = reason
         if state == STOPPED:
             self._emit("stopped", process, {"reason": reason} if reason else {})
         if not process.spec.once:

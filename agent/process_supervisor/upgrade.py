@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 VARIABLE = "PROCESS_SUPERVISOR_STATE"
 """The environment variable with the number of the memfd."""
 
-FORMAT = 2
+FORMAT = 3
 
 SAVED = (
     *("serial", "key", "state", "pid", "starts", "recent_starts", "started_at", "ended_at"),
-    *("last_exit", "failures", "spoke"),
+    *("last_exit", "stop_reason", "failures", "spoke"),
 )
 """What is handed over of a Process as it is."""
 

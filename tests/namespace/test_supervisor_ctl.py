@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.namespace.pid_one import REPOSITORY, PidOne
+from tests.namespace.pid_one import REPOSITORY, PidOne, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,16 @@ def test_show_and_output(pid_one: PidOne) -> None:
     assert "state      running" in ctl(pid_one, "show", "greeter")
     assert ctl(pid_one, "output", "greeter").startswith("hello\n")
     assert json.loads(ctl(pid_one, "--json", "show", "greeter"))["respawn"] is True
+    assert json.loads(ctl(pid_one, "--json", "output", "greeter"))["output"].startswith("hello\n")
+
+
+def test_why_it_is_stopped(pid_one: PidOne) -> None:
+    ctl(pid_one, "launch", "--name", "loop", "--respawn", "--", "false")
+    stopped = "state      stopped: it was started more than 10 times in 30 s"
+    wait_until("it is stopped", lambda: stopped in ctl(pid_one, "show", "loop"))
+    ctl(pid_one, "start", "loop")
+    ctl(pid_one, "stop", "greeter")
+    assert "state      stopped\n" in ctl(pid_one, "show", "greeter")
 
 
 def test_stop_start_signal_wait(pid_one: PidOne) -> None:
@@ -64,6 +74,9 @@ def test_stop_start_signal_wait(pid_one: PidOne) -> None:
     assert "no such process" in ctl(pid_one, "stop", "nobody", code=1)
     assert "there is no signal" in ctl(pid_one, "signal", "greeter", "999", code=1)
     assert ctl(pid_one, "launch", "--wait", "--", "sh", "-c", "echo out; exit 3", code=3) == "out\n"
+    words = ("--json", "launch", "--wait", "--", "sh", "-c", "echo out; exit 3")
+    ended = json.loads(ctl(pid_one, *words, code=3))
+    assert (ended["status"], ended["code"], ended["output"]) == ("exited", 3, "out\n")
     key = ctl(pid_one, "launch", "--", "sh", "-c", "exit 4").split()[0]
     assert ctl(pid_one, "wait", key, code=4) == "exited 4\n"
 

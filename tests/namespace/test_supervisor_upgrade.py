@@ -129,7 +129,7 @@ def edit(copy: Path, module: str, old: str, new: str) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("upgrade", "FORMAT = 2", "FORMAT = 3"), "the state is of format 2, not 3"),
+        (("upgrade", "FORMAT = 3", "FORMAT = 4"), "the state is of format 3, not 4"),
         (("protocol", '    "user": _is_account,\n', ""), "there is no field 'user'"),
         (("upgrade", '"failures", "spoke"', '"failures", "spoke", "news"'), "news"),
         (("salvage", "def salvage(", "def salvage(:"), "SyntaxError: invalid syntax"),
@@ -157,7 +157,7 @@ NO_REHEARSAL = ("takeover", "    parse(words, ALL)\n", "    return\n")
     ("change", "known"),
     [
         # Nothing of the state can be read: another format, or cut off.
-        (("upgrade", "FORMAT = 2", "FORMAT = 3"), set[str]()),
+        (("upgrade", "FORMAT = 3", "FORMAT = 4"), set[str]()),
         (("takeover", "file.seek(0)", "os.truncate(fd, 300)"), set[str]()),
         # Of one process it cannot.
         (("protocol", '    "user": _is_account,\n', ""), {"r", "w", "c", "done", "served"}),

@@ -50,6 +50,17 @@ def test_a_cancelled_timer_neither_fires_nor_is_waited_for() -> None:
     fire(timers)
 
 
+def test_cancelled_timers_do_not_pile_up() -> None:
+    timers = Timers(Clock())
+    kept = [timers.call_later(number, lambda: None) for number in (3600, 1, 7200)]
+    for _ in range(10_000):
+        timers.call_later(3600, lambda: None).cancel()
+    assert len(timers._heap) < 1000
+    assert timers.wait() == 1
+    kept[1].cancel()
+    assert timers.wait() == 3600
+
+
 def test_what_a_callback_raises_is_a_line_and_the_next_one_runs(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
