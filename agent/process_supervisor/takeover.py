@@ -52,13 +52,12 @@ def take_over(
     write_line("init", f"upgraded, with {len(supervisor.table)} processes{found}"[:1000])
 
 
-def rehearse(path: str, words: list[str]) -> None:
-    """Raises when this program could not go on with the state in a file, as with these arguments.
+def rehearse(path: str) -> None:
+    """Raises when this program could not go on with the state in a file.
 
     Run by the program before, in a process of its own.
     """
-    from agent.option_table import ALL
-    from agent.options import parse, parse_listen_address
+    from agent.options import parse_listen_address
     from agent.process_supervisor import (  # noqa: F401  # everything that is loaded later, too
         __main__,
         confine,
@@ -68,7 +67,6 @@ def rehearse(path: str, words: list[str]) -> None:
         shutdown,
     )
 
-    parse(words, ALL)
     with open(path, "rb") as file:
         head = _read(file.readline())
     for row in head["processes"]:

@@ -65,10 +65,10 @@ def upgrade(supervisor: Supervisor, answer: Callable[[str], None]) -> None:
 
 def _check_command(state: int) -> list[str]:
     """A command that succeeds when the program as it is on the disk now can go on with a state."""
-    what = (f"/proc/{os.getpid()}/fd/{state}", sys.argv[1:])
+    path = f"/proc/{os.getpid()}/fd/{state}"
     code = (
         f"import sys; sys.path[:] = {sys.path!r};"
-        f"from agent.process_supervisor.takeover import rehearse; rehearse(*{what!r})"
+        f"from agent.process_supervisor.takeover import rehearse; rehearse({path!r})"
     )
     return [sys.executable, "-I", "-c", code]
 

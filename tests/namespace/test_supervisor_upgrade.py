@@ -150,7 +150,11 @@ def test_a_program_that_could_not_go_on_is_refused(
         assert pid_one.open_files() == files
 
 
-NO_REHEARSAL = ("takeover", "    parse(words, ALL)\n", "    return\n")
+NO_REHEARSAL = (
+    "takeover",
+    '    with open(path, "rb") as file:',
+    "    return\n    with open(path) as file:",
+)
 
 
 @pytest.mark.parametrize(
