@@ -118,6 +118,12 @@ TREMPLIN = (
         "seconds without a byte until a download is given up",
     ),
     Option(
+        "tremplin.image_certificate",
+        parse_path,
+        None,
+        "certificate that https image servers are verified against, PEM; else LXD's own",
+    ),
+    Option(
         "tremplin.command",
         parse_path,
         None,

@@ -197,6 +197,7 @@ class Create(Operation):
                     "server": source.server,
                     "alias": source.alias,
                 }
+                | await asyncio.to_thread(_certificate, self.session, source)
             )
         ending = asyncio.ensure_future(operation.wait())
         try:
@@ -349,6 +350,24 @@ def files_problem(source: FromFiles) -> str:
         except OSError as error:
             return f"cannot read {path}: {error.strerror}"
     return ""
+
+
+def _certificate(session: Session, source: FromServer) -> dict[str, str]:
+    # LXD then trusts this certificate, or what it has signed, and nothing else.
+    path = session.settings.image_certificate
+    if path is None or not source.server.startswith("https://"):
+        return {}
+    try:
+        with open(path, encoding="ascii") as file:
+            text = file.read()
+    except (OSError, UnicodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not PEM"
+        raise OperationError(f"cannot read the image servers' certificate {path}: {why}") from None
+    if "-----BEGIN CERTIFICATE-----" not in text:
+        raise OperationError(
+            f"cannot use the image servers' certificate {path}: it is not a PEM certificate"
+        )
+    return {"certificate": text}
 
 
 def _post_image(session: Session, source: FromFiles) -> dict[str, Any]:

@@ -38,6 +38,8 @@ class Settings(NamedTuple):
     run_dir: str
     download_timeout: float
     """Seconds without a byte until a download is given up."""
+    image_certificate: str | None
+    """File with the one certificate that https image servers are verified against; None: LXD's."""
 
     @classmethod
     def from_options(cls, options: Options) -> Settings:
@@ -51,6 +53,7 @@ class Settings(NamedTuple):
             resolv_conf=options["tremplin.resolv_conf"],
             run_dir=options["tremplin.run_dir"],
             download_timeout=options["tremplin.download_timeout"],
+            image_certificate=options["tremplin.image_certificate"],
         )
 
 

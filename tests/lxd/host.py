@@ -170,10 +170,15 @@ class Tremplin:
         self._channel.close()
         self.machine.kill(self.process, number)
 
-    def restart(self) -> None:
-        """Kills it and starts it again."""
+    def restart(self, **options: str) -> None:
+        """Kills it and starts it again; options: further tremplin options, for this run alone."""
         self.kill()
-        self.start()
+        before = self._options
+        self._options = before | options
+        try:
+            self.start()
+        finally:
+            self._options = before
 
     def call(self, method: str, **fields: Any) -> Any:
         """The response to an RPC; fields: of its request."""

@@ -1,4 +1,5 @@
-"""An image server that misbehaves on demand: `python image_server.py TREE PORT BEHAVIOUR_FILE`.
+"""An image server that misbehaves on demand: `python image_server.py TREE PORT BEHAVIOUR_FILE
+[CERTIFICATE KEY]`; with a certificate it speaks https.
 
 The first part of every path is passed over, so that each test has a server of its own as far as
 LXD, which remembers what it read from a URL, can tell. BEHAVIOUR_FILE holds JSON, read again and
@@ -8,6 +9,7 @@ again: {"rate": bytes per second, "stall_after": bytes of a file, "corrupt": tru
 from __future__ import annotations
 
 import json
+import ssl
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,12 +58,19 @@ class _Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-def main(tree: str, port: str, behaviour_file: str) -> None:
+def main(tree: str, port: str, behaviour_file: str, certificate: str = "", key: str = "") -> None:
     """Serves for ever."""
     _Handler.tree = Path(tree)
     _Handler.behaviour_file = Path(behaviour_file)
     with ThreadingHTTPServer(("127.0.0.1", int(port)), _Handler) as server:
         server.daemon_threads = True
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate, key)
+            # The handshake is the handler's, or a client that never begins it would hold up others.
+            server.socket = context.wrap_socket(
+                server.socket, server_side=True, do_handshake_on_connect=False
+            )
         print("ready", flush=True)  # noqa: T201
         server.serve_forever()
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 _PORT = 8000
+_TLS_PORT = 8443
 _SECONDS = 60.0
 
 
@@ -189,12 +190,21 @@ class Machine:
             ],
         )  # fmt: skip
         self.behave()
+        self._start_server(tree, _PORT)
+
+    def serve_images_with_tls(self, certificate: Path, key: Path) -> str:
+        """The URL of one more server of the same images, which has this certificate, PEM."""
+        self._start_server(self.directory / "images", _TLS_PORT, certificate, key)
+        return f"https://127.0.0.1:{_TLS_PORT}/{next(self._servers)}"
+
+    def _start_server(self, tree: Path, port: int, *tls: Path) -> None:
         server = self.spawn(
             sys.executable,
             HERE / "image_server.py",
             tree,
-            str(_PORT),
+            str(port),
             self.behaviour_file,
+            *tls,
             stdout=subprocess.PIPE,
         )
         assert server.stdout is not None
