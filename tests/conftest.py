@@ -1,4 +1,4 @@
-"""Order of the tests: cheapest first. Hypothesis has no deadlines: on a machine that others use too,
+"""Order of the tests: cheapest first. Hypothesis has no deadlines: where others use the machine,
 the wall clock says nothing of a test.
 """
 
