@@ -28,6 +28,7 @@ PORT = 9001
 _LENGTH = struct.Struct("<I")
 _MESSAGE_MAX = 4096
 _DATA_MAX = 4000  # leaves room for the fields around it
+_AT_ONCE = 16 * _DATA_MAX
 _OPEN_SECONDS = 20.0
 _SIGNALS = {
     signal.SIGHUP: vsh_pb2.SIGNAL_HUP,
@@ -63,16 +64,16 @@ class Session:
         self.pid = pid
         """The program's process id in the VM."""
 
-    def _send(self, message: Any) -> None:
-        data = message.SerializeToString()
-        self._writer.write(_LENGTH.pack(len(data)) + data)
+    def _send(self, *messages: Any) -> None:
+        pieces = [message.SerializeToString() for message in messages]
+        self._writer.write(b"".join(_LENGTH.pack(len(data)) + data for data in pieces))
 
     async def send_input(self, data: bytes) -> None:
         """Bytes for the program's stdin, none for its end; returns when there is room for more."""
-        pieces = [data[at : at + _DATA_MAX] for at in range(0, len(data), _DATA_MAX)] or [b""]
-        for piece in pieces:
-            stream = vsh_pb2.DataMessage(stream=vsh_pb2.STDIN_STREAM, data=piece)
-            self._send(vsh_pb2.GuestMessage(data_message=stream))
+        for start in range(0, len(data) or 1, _AT_ONCE):
+            end = min(start + _AT_ONCE, len(data) or 1)
+            pieces = [data[at : min(at + _DATA_MAX, end)] for at in range(start, end, _DATA_MAX)]
+            self._send(*(_input(piece) for piece in pieces))
             with contextlib.suppress(ConnectionError):  # the reading side tells
                 await self._writer.drain()
 
@@ -105,6 +106,11 @@ class Session:
     async def close(self) -> None:
         """Ends the connection, and with it a program that still runs."""
         await _close(self._writer)
+
+
+def _input(data: bytes) -> Any:
+    stream = vsh_pb2.DataMessage(stream=vsh_pb2.STDIN_STREAM, data=data)
+    return vsh_pb2.GuestMessage(data_message=stream)
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:

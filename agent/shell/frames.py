@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 
 from agent.pb import vsh_pb2
@@ -55,13 +56,21 @@ def frame(message: Message) -> bytes:
 
 def output_frames(stream: vsh_pb2.StdioStream.ValueType, data: bytes) -> bytes:
     """The frames that carry output of any length."""
-    return b"".join(
-        frame(
-            vsh_pb2.HostMessage(
-                data_message=vsh_pb2.DataMessage(
-                    stream=stream, data=data[start : start + _DATA_MAX]
-                )
-            )
-        )
-        for start in range(0, len(data), _DATA_MAX)
-    )
+    whole = len(data) - len(data) % _DATA_MAX
+    parts: list[bytes] = []
+    for start in range(0, whole, _DATA_MAX):
+        parts += _head_of_full_frame(stream), data[start : start + _DATA_MAX]
+    if whole < len(data):
+        parts.append(_output_frame(stream, data[whole:]))
+    return b"".join(parts)
+
+
+def _output_frame(stream: vsh_pb2.StdioStream.ValueType, data: bytes) -> bytes:
+    return frame(vsh_pb2.HostMessage(data_message=vsh_pb2.DataMessage(stream=stream, data=data)))
+
+
+@functools.cache
+def _head_of_full_frame(stream: vsh_pb2.StdioStream.ValueType) -> bytes:
+    # The data come last, fields being in the order of their numbers: so frames of the same length
+    # differ in nothing else, and the work of making one is done once.
+    return _output_frame(stream, bytes(_DATA_MAX))[:-_DATA_MAX]

@@ -66,11 +66,13 @@ class Session(asyncio.Protocol):
         self._outputs: dict[int, vsh_pb2.StdioStream.ValueType] = {}
         self._input = bytearray()
         self._input_ends = False
+        self._is_waiting_to_write = False
         self._is_paused = False
         self._is_full = False
         self._is_lost = False
         self._ending: asyncio.Task[None] | None = None
         self._setup_timer: asyncio.TimerHandle | None = None
+        self._look_timer: asyncio.TimerHandle | None = None
         self.ended = self._loop.create_future()
 
     # ---- the connection -----------------------------------------------------------------------
@@ -97,6 +99,8 @@ class Session(asyncio.Protocol):
         except (FrameError, DecodeError) as error:
             _log.warning("cannot go on with a session: the host sent %s", error)
             self._transport.abort()
+            return
+        self._pass_on_input()
 
     def connection_lost(self, error: Exception | None) -> None:
         del error
@@ -235,25 +239,31 @@ class Session(asyncio.Protocol):
                 self._input += _END_OF_INPUT
             else:
                 self._input_ends = True
-        was_idle = not self._input
         self._input += data
-        if was_idle or self._input_ends:
+
+    def _pass_on_input(self) -> None:
+        """Once for all messages that came together: each write(2) costs as much as a message."""
+        if self._stdin >= 0 and not self._is_waiting_to_write and (self._input or self._input_ends):
             self._write_input()
         if len(self._input) > _INPUT_MAX and not self._is_full:
             self._is_full = True
             self._transport.pause_reading()
-            self._loop.call_later(_LOOK_FOR_HOST_SECONDS, self._look_for_host)
+            if self._look_timer is None:
+                self._look_later()
 
     def _write_input(self) -> None:
         try:
             while self._input:
                 del self._input[: os.write(self._stdin, self._input[:_READ_MAX])]
         except (BlockingIOError, InterruptedError):
-            self._loop.add_writer(self._stdin, self._write_input)
+            if not self._is_waiting_to_write:
+                self._is_waiting_to_write = True
+                self._loop.add_writer(self._stdin, self._write_input)
             return
         except OSError:  # it does not read any more
             self._input.clear()
             self._input_ends = True
+        self._is_waiting_to_write = False
         self._loop.remove_writer(self._stdin)
         self._is_full = False
         if not self._transport.is_closing():
@@ -262,8 +272,12 @@ class Session(asyncio.Protocol):
             os.close(self._stdin)
             self._stdin = -1
 
+    def _look_later(self) -> None:
+        self._look_timer = self._loop.call_later(_LOOK_FOR_HOST_SECONDS, self._look_for_host)
+
     def _look_for_host(self) -> None:
         """While nothing is read, nobody notices that the host vanished."""
+        self._look_timer = None
         if not self._is_full or self._transport.is_closing():
             return
         poll = select.poll()
@@ -271,7 +285,7 @@ class Session(asyncio.Protocol):
         if poll.poll(0):
             self._transport.abort()
         else:
-            self._loop.call_later(_LOOK_FOR_HOST_SECONDS, self._look_for_host)
+            self._look_later()
 
     def _exited(self) -> None:
         assert self._process is not None
