@@ -66,6 +66,8 @@ class Create(Operation):
         self._download_over = False
         self._last_byte_at = 0.0
         self._stored_bytes = 0
+        self.name_is_free = False
+        """Whether LXD was seen to have no container of that name."""
 
     @property
     def same_download(self) -> list[Create]:
@@ -92,7 +94,8 @@ class Create(Operation):
             if not self.session.left_overs_removed and operation is None:
                 await images.remove_doubtful_images(self.session)
             self.session.left_overs_removed = True
-        await self._remove_unfinished()
+        if not self.name_is_free:
+            await self._remove_unfinished()
         if isinstance(self._source, FromServer):
             await self._create_from_server(self._source, operation)
         else:

@@ -62,8 +62,7 @@ class Import(Operation):
         async with self.session.import_lock:
             await put_right(self.session)
             await self._upload()
-            for marker in (markers.CREATED, markers.SET_UP):
-                await markers.mark(lxd, IMPORTING, marker)
+            await markers.mark(lxd, IMPORTING, markers.CREATED, markers.SET_UP)
             await asyncio.shield(self._replace())
 
     async def _upload(self) -> None:

@@ -12,23 +12,29 @@ CREATED = "createdByTremplin"
 SET_UP = "tremplinSetupFinished"
 
 
-async def mark(lxd: LxdClient, container: str, marker: str) -> None:
-    """Sets a marker on a container, if it is not there yet. Raises LxdError."""
-    metadata = await lxd.get("instances", container, "metadata")
-    properties = metadata.get("properties") or {}
-    if marker not in properties:
-        metadata["properties"] = properties | {marker: "true"}
-        await lxd.request("put", "instances", container, "metadata", json=metadata)
+async def mark(lxd: LxdClient, container: str, *markers: str) -> None:
+    """Sets markers on a container. Raises LxdError."""
+    # LXD merges what it is given into what is there.
+    properties = dict.fromkeys(markers, "true")
+    await lxd.request("patch", "instances", container, "metadata", json={"properties": properties})
 
 
 async def is_ours(lxd: LxdClient, container: str) -> bool:
     """Whether a container was made by tremplin and is whole. Raises LxdError."""
-    metadata = await lxd.get("instances", container, "metadata")
-    return CREATED in (metadata.get("properties") or {})
+    return CREATED in await _properties(lxd, container)
+
+
+async def is_set_up(lxd: LxdClient, container: str) -> bool:
+    """Whether a container was started before. Raises LxdError."""
+    return SET_UP in await _properties(lxd, container)
 
 
 async def is_unfinished(lxd: LxdClient, container: str) -> bool:
     """Whether a container is ours and was never started. Raises LxdError."""
-    metadata = await lxd.get("instances", container, "metadata")
-    properties = metadata.get("properties") or {}
+    properties = await _properties(lxd, container)
     return CREATED in properties and SET_UP not in properties
+
+
+async def _properties(lxd: LxdClient, container: str) -> dict[str, str]:
+    metadata = await lxd.get("instances", container, "metadata")
+    return metadata.get("properties") or {}

@@ -34,7 +34,6 @@ class Delete(Operation):
             create.cancel()
             await create.ended.wait()
         await remove_container(self.session, self.container)
-        self.session.os_releases.pop(self.container, None)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(token_path(self.session.settings.token_dir, self.container))
 

@@ -6,6 +6,7 @@ Failures go into the status and the failure_reason, with gRPC's own status OK.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 
 from agent.pb import tremplin_pb2 as pb
@@ -24,15 +25,10 @@ from agent.tremplin.lxd_setup import set_up_lxd
 from agent.tremplin.name_server import forget_names
 from agent.tremplin.names import name_problem
 from agent.tremplin.operation import Operation, Outcome, one_line
+from agent.tremplin.os_release import read_os_release
 from agent.tremplin.remove import Delete
 from agent.tremplin.set_up_user import read_primary_user, set_up_user
-from agent.tremplin.start import (
-    ANSWER_SECONDS,
-    Start,
-    os_release_text,
-    parse_os_release,
-    read_os_release,
-)
+from agent.tremplin.start import ANSWER_SECONDS, Start
 from agent.tremplin.stop import Stop
 from agent.tremplin.timezone import set_timezone, timezone_problem
 
@@ -43,8 +39,6 @@ if TYPE_CHECKING:
     import grpc.aio
     from google.protobuf.message import Message
 
-    from agent.tremplin.accounts import Plan
-    from agent.tremplin.container_files import ContainerFiles
     from agent.tremplin.session import Session
 
     OperationT = TypeVar("OperationT", bound=Operation)
@@ -131,17 +125,16 @@ class Servicer(TremplinServicer):
                 return _create_failed(name, problem)
             if self._session.operation(Create, name):
                 return pb.CreateContainerResponse(status=pb.CreateContainerResponse.CREATING)
-            if await self._is_whole(name):
+            instance = await self._session.instance(name)
+            if instance is not None and await self._is_whole(instance):
                 return pb.CreateContainerResponse(status=pb.CreateContainerResponse.EXISTS)
         except LxdError as error:
             return _create_failed(name, one_line(error))
-        self._begin(Create, request, context)
+        self._begin(Create, request, context).name_is_free = instance is None
         return pb.CreateContainerResponse(status=pb.CreateContainerResponse.CREATING)
 
-    async def _is_whole(self, name: str) -> bool:
-        instance = await self._session.instance(name)
-        if instance is None:
-            return False
+    async def _is_whole(self, instance: dict[str, Any]) -> bool:
+        name = instance["name"]
         if instance["status"] != "Stopped" or self._session.operation(Start, name):
             return True
         return not await markers.is_unfinished(self._session.lxd, name)
@@ -189,7 +182,10 @@ class Servicer(TremplinServicer):
                 )
             if running:
                 return statuses(
-                    status=statuses.RUNNING, os_release=await read_os_release(self._session, name)
+                    status=statuses.RUNNING,
+                    os_release=await asyncio.to_thread(
+                        read_os_release, self._session.settings.lxd_dir, name
+                    ),
                 )
             start = self._begin(Start, request, context)
         try:
@@ -291,7 +287,15 @@ class Servicer(TremplinServicer):
             lock = self._account_locks.setdefault(name, asyncio.Lock())
             try:
                 async with lock:
-                    plan = await self._session.lxd.in_thread(self._set_up_user, request)
+                    plan = await self._session.lxd.in_thread(
+                        functools.partial(
+                            set_up_user,
+                            self._session.lxd.socket_path,
+                            name,
+                            request.container_username,
+                            flush=self._session.flush,
+                        )
+                    )
             except FileNotFoundError as error:
                 problem = str(error.strerror or error)
             except (AccountError, LxdError, OSError) as error:
@@ -307,20 +311,6 @@ class Servicer(TremplinServicer):
         _log.info("container %s has its user", name)
         return statuses(
             status=statuses.EXISTS if plan.existed else statuses.SUCCESS, username=plan.user.name
-        )
-
-    def _set_up_user(self, request: pb.SetUpUserRequest) -> Plan:
-        # The files are open here, and the start that follows needs to know this too.
-        def look(files: ContainerFiles) -> None:
-            text = os_release_text(files)
-            self._session.os_releases[request.container_name] = parse_os_release(text)
-
-        return set_up_user(
-            self._session.lxd.socket_path,
-            request.container_name,
-            request.container_username,
-            flush=self._session.flush,
-            look=look,
         )
 
     async def GetContainerInfo(

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from agent.options import Options
-    from agent.pb.tremplin_pb2 import OsRelease
     from agent.tremplin.operation import Operation
     from agent.tremplin.reporter import Reporter
 
@@ -66,8 +65,6 @@ class Session:
         self.lxd_operations = LxdOperations(client)
         self.inits = Inits(client)
         self.reporter = reporter
-        self.os_releases: dict[str, OsRelease] = {}
-        """What containers said of themselves when their files were last looked at."""
         self.left_overs_removed = False
         """Whether nothing is left of creations by a tremplin that was killed."""
         self.import_lock = asyncio.Lock()

@@ -53,16 +53,13 @@ def set_up_user(
     username: str,
     *,
     flush: Callable[[], None],
-    look: Callable[[ContainerFiles], None],
 ) -> Plan:
     """Makes the accounts and the primary user's home, as far as they are missing.
 
     socket_path: LXD's. flush: puts what was written to the disk, before it takes its place.
-    look: is shown the files, for what else is of interest in them.
     Raises AccountError, OSError; their text holds no person's name unless it is a path's.
     """
     with ContainerFiles(socket_path, container) as files:
-        look(files)
         before = _read_accounts(files)
         wanted = plan(
             before,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import shlex
 
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin import markers
-from agent.tremplin.container_files import ContainerFiles
 from agent.tremplin.devices import PREFIX, replace_devices
-from agent.tremplin.lxd_client import LxdError
+from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.operation import Operation, OperationError, Outcome
+from agent.tremplin.os_release import read_os_release
 from agent.tremplin.remove import is_busy, token_device, token_path
 
 TYPE_CHECKING = False
@@ -50,14 +49,16 @@ class Start(Operation):
             # What LXD is told while a stop is on its way could count before it.
             await self.session.ended("StopContainer", self.container)
             self.session.lifecycle.settle(self.container)
-            await self._prepare()
-            known = self.session.os_releases.pop(self.container, None)
-            self.os_release = known or await read_os_release(self.session, self.container)
+            set_up = await self._prepare()
+            self.os_release = await asyncio.to_thread(
+                read_os_release, self.session.settings.lxd_dir, self.container
+            )
             try:
                 await self._start()
             except LxdError as error:
                 raise OperationError(await self._reason(error)) from None
-            await markers.mark(self.session.lxd, self.container, markers.SET_UP)
+            if not set_up:
+                await markers.mark(self.session.lxd, self.container, markers.SET_UP)
         finally:
             heartbeat.cancel()
 
@@ -86,10 +87,15 @@ class Start(Operation):
             await asyncio.sleep(_HEARTBEAT_SECONDS)
             self._report(pb.ContainerStartProgress.STARTING)
 
-    async def _prepare(self) -> None:
-        instance = await self.session.instance(self.container)
-        if instance is None:
-            raise OperationError("there is no such container")
+    async def _prepare(self) -> bool:
+        # Whether it was started before.
+        try:
+            instance, set_up = await asyncio.gather(
+                self.session.lxd.get("instances", self.container),
+                markers.is_set_up(self.session.lxd, self.container),
+            )
+        except LxdNotFoundError:
+            raise OperationError("there is no such container") from None
         token_file = token_path(self.session.settings.token_dir, self.container)
         await asyncio.to_thread(write_token, token_file, self.request.token)
         wanted_config = {}
@@ -106,6 +112,7 @@ class Start(Operation):
         }
         if any(changes.values()):
             await self.session.lxd.request("patch", "instances", self.container, json=changes)
+        return set_up
 
     async def _start(self) -> None:
         # LXD shows a container as stopped before it has let go of it.
@@ -147,51 +154,6 @@ def first_error(log: str) -> str:
         if found is not None:
             return found[1]
     return ""
-
-
-async def read_os_release(session: Session, container: str) -> pb.OsRelease:
-    """The container's os-release(5), empty when it has none."""
-    try:
-        text = await session.lxd.in_thread(_read_os_release, session.lxd.socket_path, container)
-    except OSError:
-        return pb.OsRelease()
-    session.os_releases[container] = parse_os_release(text)
-    return session.os_releases[container]
-
-
-def parse_os_release(text: str) -> pb.OsRelease:
-    """os-release(5) as a message; lines that are not understood are passed over."""
-    values = {}
-    for line in text.splitlines():
-        key, equals, value = line.partition("=")
-        try:
-            words = shlex.split(value)
-        except ValueError:
-            continue
-        if equals and len(words) == 1:
-            values[key.strip()] = words[0]
-    return pb.OsRelease(
-        pretty_name=values.get("PRETTY_NAME", ""),
-        name=values.get("NAME", ""),
-        version=values.get("VERSION", ""),
-        version_id=values.get("VERSION_ID", ""),
-        id=values.get("ID", ""),
-    )
-
-
-def os_release_text(files: ContainerFiles) -> str:
-    """What a container says of itself. Raises OSError."""
-    for path in ("/etc/os-release", "/usr/lib/os-release"):
-        try:
-            return files.read(path).decode(errors="replace")
-        except FileNotFoundError:
-            pass
-    return ""
-
-
-def _read_os_release(socket_path: str, container: str) -> str:
-    with ContainerFiles(socket_path, container) as files:
-        return os_release_text(files)
 
 
 def write_token(path: str, token: str) -> None:
