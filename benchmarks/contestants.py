@@ -146,9 +146,7 @@ def _ours(path: Path) -> Contestant:
     idle_program.chmod(0o755)
     options = ["maitred.setup=no", f"maitred.run_dir={path}/run", f"maitred.listen=unix:{path}/m"]
     options.append(f"maitred.command={idle_program}")
-    contestant = Contestant(path, [PYTHON, "-I", "-S", "-c", _ENTRY, *options])
-    until(lambda: _answers(path / "run"))
-    return contestant
+    return Contestant(path, [PYTHON, "-I", "-S", "-c", _ENTRY, *options])
 
 
 def _answers(run_dir: Path) -> bool:
@@ -163,7 +161,6 @@ def contestant(name: str, services: dict[str, list[str]]) -> Iterator[Contestant
     with directory() as path:
         if name == OURS:
             running = _ours(path)
-            asyncio.run(_launch_all(path, services))
         elif name == S6:
             _service_directories(path / "s6", services)
             running = Contestant(path, ["s6-svscan", "-c", "2000", str(path / "s6")])
@@ -178,6 +175,9 @@ def contestant(name: str, services: dict[str, list[str]]) -> Iterator[Contestant
         else:
             running = Contestant(path, ["dumb-init", "--", *next(iter(services.values()))])
         try:
+            if name == OURS:
+                until(lambda: _answers(path / "run"))
+                asyncio.run(_launch_all(path, services))
             yield running
         finally:
             running.close()
