@@ -18,6 +18,7 @@ from agent.tremplin.lxd_process import booted_at
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from agent.tremplin.session import Session
@@ -31,21 +32,21 @@ _ON_DISK = "tremplin-on-disk"
 
 async def remove_imported_images(session: Session, fingerprint: str | None = None) -> None:
     """Removes images that came from files, all or one. Raises LxdError."""
-    for image in await _images(session):
-        if FILE_IMPORT in _properties(image) and fingerprint in {None, image["fingerprint"]}:
-            await _remove(session, image)
+    await _remove_images(
+        session,
+        lambda image: (
+            FILE_IMPORT in _properties(image) and fingerprint in {None, image["fingerprint"]}
+        ),
+    )
 
 
 async def remove_doubtful_images(session: Session) -> None:
     """Removes images that a power cut may have left incomplete. Raises LxdError."""
     boot = booted_at()
-    for image in await _images(session):
-        if _ON_DISK in _properties(image) or _stored_at(image) >= boot:
-            continue
-        _log.warning(
-            "image %.12s may be incomplete after a power cut; removed", image["fingerprint"]
-        )
-        await _remove(session, image)
+    for fingerprint in await _remove_images(
+        session, lambda image: _ON_DISK not in _properties(image) and _stored_at(image) < boot
+    ):
+        _log.warning("image %.12s may be incomplete after a power cut; removed", fingerprint)
 
 
 async def remove_unused_images(session: Session) -> None:
@@ -53,9 +54,7 @@ async def remove_unused_images(session: Session) -> None:
 
     After a failed creation, when no other runs: the image may be what there is no room for.
     """
-    for image in await _images(session):
-        if _ON_DISK not in _properties(image):
-            await _remove(session, image)
+    await _remove_images(session, lambda image: _ON_DISK not in _properties(image))
 
 
 async def keep_image_of(session: Session, container: str) -> None:
@@ -77,10 +76,14 @@ async def keep_image_of(session: Session, container: str) -> None:
         _log.warning("cannot keep the image of %s for the next boot: %s", container, error)
 
 
-async def _images(session: Session) -> list[dict[str, Any]]:
+async def _remove_images(session: Session, goes: Callable[[dict[str, Any]], bool]) -> list[str]:
+    # The fingerprints of those that are gone.
     images = await session.lxd.get("images", params={"recursion": "1"})
-    assert isinstance(images, list)
-    return images
+    fingerprints = [str(image["fingerprint"]) for image in images if goes(image)]
+    for fingerprint in fingerprints:
+        with contextlib.suppress(LxdNotFoundError):
+            await session.lxd_operations.run("delete", "images", fingerprint)
+    return fingerprints
 
 
 def _properties(image: dict[str, Any]) -> dict[str, str]:
@@ -92,8 +95,3 @@ def _stored_at(image: dict[str, Any]) -> float:
         return datetime.fromisoformat(image["uploaded_at"]).timestamp()
     except (KeyError, ValueError):
         return 0.0
-
-
-async def _remove(session: Session, image: dict[str, Any]) -> None:
-    with contextlib.suppress(LxdNotFoundError):
-        await session.lxd_operations.run("delete", "images", image["fingerprint"])

@@ -134,25 +134,25 @@ class Operation(ABC):
         outcome, reason = await self._outcome()
         if outcome is not Outcome.DONE:
             reason = f"cannot {self.verb} container {self.container}: {reason}"
-            await self._undo(reason)
             _log.warning("%s", reason)
+            await self._undo()
         self.outcome = outcome
         self.reason = reason
         self.session.running.discard(self)
         self.ended.set()
         self.report_end(outcome, reason)
 
-    async def _undo(self, reason: str) -> None:
+    async def _undo(self) -> None:
         try:
             # LXD itself may be what failed; it is back soon.
             async with asyncio.timeout(_LXD_SECONDS):
                 await self.session.lxd_is_up.wait()
             await self.clean_up()
         except (LxdError, OSError) as error:  # a TimeoutError is an OSError
-            _log.warning("%s; cannot clean up after it yet: %s", reason, error)
+            _log.warning("cannot clean up after container %s yet: %s", self.container, error)
             self.session.in_background(self._undo_later())
         except Exception:  # noqa: BLE001  an operation always ends in a report
-            _log.exception("%s; cannot clean up after it", reason)
+            _log.exception("cannot clean up after container %s", self.container)
 
     async def _undo_later(self) -> None:
         # On a full disk LXD cannot even write down that it removes something.
