@@ -115,7 +115,11 @@ class _Collector(vm_host_pb2_grpc.LogCollectorServicer):
 
 
 async def _in_namespaces(directory: Path) -> list[Figure]:
-    options = [f"maitred.log_collector=unix:{directory}/logs", f"maitred.syslog={directory}/log"]
+    options = [
+        f"maitred.log_collector=unix:{directory}/logs",
+        f"maitred.syslog={directory}/log",
+        f"maitred.shell_listen=unix:{directory}/shell.sock",
+    ]
     async with Vm(directory, options=options) as vm:
         return [
             await _null_call(vm),
@@ -173,8 +177,9 @@ async def _logs(vm: Vm) -> Figure:
     server.add_insecure_port(f"unix:{vm.directory}/logs")
     await server.start()
     path = str(vm.directory / "log")
-    while not os.path.exists(path):
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(30):
+        while not os.path.exists(path):
+            await asyncio.sleep(0.05)
 
     def burst(where: str) -> None:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
@@ -229,8 +234,9 @@ async def _through(session: shell.Session, size: int) -> float:
 
 async def _shell(vm: Vm) -> Figure:
     path = vm.directory / "shell.sock"
-    while not path.exists():
-        await asyncio.sleep(0.05)
+    async with asyncio.timeout(30):
+        while not path.exists():
+            await asyncio.sleep(0.05)
     request = vsh_pb2.SetupConnectionRequest(argv=["cat"], nopty=True)
     session = await shell.open_session(await asyncio.open_unix_connection(str(path)), request)
     ours = await _through(session, _SHELL_BYTES)
