@@ -10,7 +10,10 @@ and one without it that is older than this boot is removed before it is used.
 from __future__ import annotations
 
 import contextlib
+import glob
+import json
 import logging
+import os
 from datetime import datetime
 
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
@@ -43,10 +46,30 @@ async def remove_imported_images(session: Session, fingerprint: str | None = Non
 async def remove_doubtful_images(session: Session) -> None:
     """Removes images that a power cut may have left incomplete. Raises LxdError."""
     boot = booted_at()
+    await session.lxd.in_thread(drop_torn_indexes, session.settings.lxd_dir, boot)
     for fingerprint in await _remove_images(
         session, lambda image: _ON_DISK not in _properties(image) and _stored_at(image) < boot
     ):
         _log.warning("image %.12s may be incomplete after a power cut; removed", fingerprint)
+
+
+def drop_torn_indexes(lxd_dir: str, boot: float) -> None:
+    """Deletes what LXD keeps of image servers' indexes and a power cut has left empty or cut off:
+    LXD writes them without fsync(2), and would fail for as long as it takes them for fresh. Whole
+    ones stay: with them LXD does without a server that cannot be reached. Blocks.
+
+    boot: when the VM was booted, in seconds since 1970; LXD may be writing those that are newer.
+    """
+    for path in glob.glob(f"{glob.escape(lxd_dir)}/cache/*/*.json"):
+        with contextlib.suppress(OSError):
+            if os.stat(path).st_mtime >= boot:
+                continue
+            try:
+                with open(path, "rb") as file:
+                    json.load(file)
+            except ValueError:
+                _log.warning("an index of an image server is torn after a power cut; removed")
+                os.unlink(path)
 
 
 async def remove_unused_images(session: Session) -> None:

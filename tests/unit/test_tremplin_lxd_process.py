@@ -9,6 +9,7 @@ import pytest
 
 from agent.option_table import TREMPLIN
 from agent.options import parse
+from agent.tremplin.images import drop_torn_indexes
 from agent.tremplin.lxd_process import drop_torn_keys, environment
 
 _WHOLE = "-----BEGIN X-----\nabc\n-----END X-----\n"
@@ -47,3 +48,26 @@ def test_nothing_there_yet(tmp_path: Path) -> None:
 def test_privileged_containers_are_refused_unless_allowed(words: list[str], only: str) -> None:
     """By LXD itself, through its environment."""
     assert environment(parse(words, TREMPLIN))["LXD_UNPRIVILEGED_ONLY"] == only
+
+
+@pytest.mark.parametrize(
+    ("text", "age", "kept"),
+    [
+        ('{"index": {}}', 100, True),
+        ("", 100, False),
+        ('{"index": {', 100, False),
+        ("\0" * 100, 100, False),
+        ("", -100, True),
+    ],
+)
+def test_torn_indexes_of_an_earlier_boot_go(
+    tmp_path: Path, text: str, age: int, kept: bool
+) -> None:
+    """A whole one is what LXD has when the image server is away."""
+    booted_at = 1_000_000.0
+    index = tmp_path / "cache/74a5/index.json"
+    index.parent.mkdir(parents=True)
+    index.write_text(text)
+    os.utime(index, (booted_at - age, booted_at - age))
+    drop_torn_indexes(str(tmp_path), booted_at)
+    assert index.exists() == kept
