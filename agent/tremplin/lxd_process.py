@@ -43,6 +43,7 @@ def launch(options: Options) -> str:
     os.makedirs(lxd_dir, mode=0o711, exist_ok=True)
     os.makedirs(options["tremplin.lxd_conf"], mode=0o700, exist_ok=True)
     drop_torn_keys(lxd_dir, booted_at=booted_at())
+    drop_pid_files(lxd_dir, booted_at=booted_at())
     with Client.connect(run_dir, timeout=_SUPERVISOR_SECONDS) as client:
         launched = client.launch(
             _command(lxd_dir),
@@ -100,6 +101,26 @@ def drop_torn_keys(lxd_dir: str, *, booted_at: float) -> None:
             return
 
 
+def drop_pid_files(lxd_dir: str, *, booted_at: float) -> None:
+    """Deletes what LXD noted of its bridges' dnsmasq in an earlier boot: no such process is there,
+    and LXD does not get along with a file that a power cut has left empty.
+
+    booted_at: in seconds since 1970.
+    """
+    networks = f"{lxd_dir}/networks"
+    try:
+        names = os.listdir(networks)
+    except OSError:
+        return
+    for name in names:
+        path = f"{networks}/{name}/dnsmasq.pid"
+        try:
+            if os.stat(path).st_mtime < booted_at:
+                os.unlink(path)
+        except OSError:
+            pass
+
+
 def _command(lxd_dir: str) -> list[str]:
     log = f"{lxd_dir}/lxd.log"
     try:
@@ -119,4 +140,4 @@ def _group_exists(name: str) -> bool:
         return False
 
 
-__all__ = ["SupervisorError", "drop_torn_keys", "environment", "launch"]
+__all__ = ["SupervisorError", "drop_pid_files", "drop_torn_keys", "environment", "launch"]

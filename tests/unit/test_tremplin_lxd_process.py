@@ -10,7 +10,7 @@ import pytest
 from agent.option_table import TREMPLIN
 from agent.options import parse
 from agent.tremplin.images import drop_torn_indexes
-from agent.tremplin.lxd_process import drop_torn_keys, environment
+from agent.tremplin.lxd_process import drop_pid_files, drop_torn_keys, environment
 
 _WHOLE = "-----BEGIN X-----\nabc\n-----END X-----\n"
 
@@ -71,3 +71,15 @@ def test_torn_indexes_of_an_earlier_boot_go(
     os.utime(index, (booted_at - age, booted_at - age))
     drop_torn_indexes(str(tmp_path), booted_at)
     assert index.exists() == kept
+
+
+@pytest.mark.parametrize(("age", "kept"), [(100, False), (-100, True)])
+def test_pid_files_of_an_earlier_boot_go(tmp_path: Path, age: int, kept: bool) -> None:
+    """What they name does not run any more; LXD was started again when they are of this boot."""
+    booted_at = 1_000_000.0
+    pid_file = tmp_path / "networks/lxdbr0/dnsmasq.pid"
+    pid_file.parent.mkdir(parents=True)
+    pid_file.touch()
+    os.utime(pid_file, (booted_at - age, booted_at - age))
+    drop_pid_files(str(tmp_path), booted_at=booted_at)
+    assert pid_file.exists() == kept
