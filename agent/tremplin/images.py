@@ -4,20 +4,20 @@ a server stay for the next container, if they are sure to be whole.
 LXD writes in its database, with fsync(2), that it has an image; the image's files and its copy in
 the storage pool reach the disk whenever the kernel likes. After a power cut an image may be in the
 database of which there is nothing, or half. So one that is known to be on the disk gets a property,
-and one without it that is older than this boot is removed before it is used.
+and one without it that was there before LXD was started in this boot is removed before it is used.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import json
 import logging
 import os
-from datetime import datetime
 
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
-from agent.tremplin.lxd_process import booted_at
+from agent.tremplin.power_cut import images_are_checked, images_are_in_doubt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,26 +44,28 @@ async def remove_imported_images(session: Session, fingerprint: str | None = Non
 
 
 async def remove_doubtful_images(session: Session) -> None:
-    """Removes images that a power cut may have left incomplete. Raises LxdError."""
-    boot = booted_at()
-    await session.lxd.in_thread(drop_torn_indexes, session.settings.lxd_dir, boot)
-    for fingerprint in await _remove_images(
-        session, lambda image: _ON_DISK not in _properties(image) and _stored_at(image) < boot
-    ):
-        _log.warning("image %.12s may be incomplete after a power cut; removed", fingerprint)
+    """Removes, once per boot, images that a power cut may have left incomplete.
+
+    Raises LxdError and OSError.
+    """
+    run_dir = session.settings.run_dir
+    # Another creation must not download an image meanwhile that is about to be removed.
+    async with session.image_lock:
+        if not images_are_in_doubt(run_dir):
+            return
+        await session.lxd.in_thread(drop_torn_indexes, session.settings.lxd_dir)
+        for fingerprint in await _remove_downloads(session):
+            _log.warning("image %.12s may be incomplete after a power cut; removed", fingerprint)
+        images_are_checked(run_dir)
 
 
-def drop_torn_indexes(lxd_dir: str, boot: float) -> None:
+def drop_torn_indexes(lxd_dir: str) -> None:
     """Deletes what LXD keeps of image servers' indexes and a power cut has left empty or cut off:
     LXD writes them without fsync(2), and would fail for as long as it takes them for fresh. Whole
     ones stay: with them LXD does without a server that cannot be reached. Blocks.
-
-    boot: when the VM was booted, in seconds since 1970; LXD may be writing those that are newer.
     """
     for path in glob.glob(f"{glob.escape(lxd_dir)}/cache/*/*.json"):
         with contextlib.suppress(OSError):
-            if os.stat(path).st_mtime >= boot:
-                continue
             try:
                 with open(path, "rb") as file:
                     json.load(file)
@@ -73,11 +75,12 @@ def drop_torn_indexes(lxd_dir: str, boot: float) -> None:
 
 
 async def remove_unused_images(session: Session) -> None:
-    """Removes images of which no container was made so far. Raises LxdError.
+    """Removes images that LXD downloaded and of which no container was made so far.
 
     After a failed creation, when no other runs: the image may be what there is no room for.
+    Raises LxdError.
     """
-    await _remove_images(session, lambda image: _ON_DISK not in _properties(image))
+    await _remove_downloads(session)
 
 
 async def keep_image_of(session: Session, container: str) -> None:
@@ -109,12 +112,27 @@ async def _remove_images(session: Session, goes: Callable[[dict[str, Any]], bool
     return fingerprints
 
 
+async def _remove_downloads(session: Session) -> list[str]:
+    # Those not known to be on the disk. An image that somebody brought into the VM by himself and
+    # that is all there is his to remove.
+    whole = functools.partial(_files_are_whole, session.settings.lxd_dir)
+
+    def goes(image: dict[str, Any]) -> bool:
+        if _ON_DISK in _properties(image) or image["aliases"]:
+            return False
+        return bool(image["cached"] or image.get("update_source")) or not whole(image)
+
+    return await _remove_images(session, goes)
+
+
+def _files_are_whole(lxd_dir: str, image: dict[str, Any]) -> bool:
+    path = f"{lxd_dir}/images/{image['fingerprint']}"
+    size = 0
+    with contextlib.suppress(FileNotFoundError):  # an image may be one file, or two
+        size += os.stat(path).st_size
+        size += os.stat(f"{path}.rootfs").st_size
+    return bool(size == image["size"])
+
+
 def _properties(image: dict[str, Any]) -> dict[str, str]:
     return image.get("properties") or {}
-
-
-def _stored_at(image: dict[str, Any]) -> float:
-    try:
-        return datetime.fromisoformat(image["uploaded_at"]).timestamp()
-    except (KeyError, ValueError):
-        return 0.0

@@ -5,9 +5,9 @@ that LXD's start and tremplin's own imports run side by side.
 from __future__ import annotations
 
 import os
-import time
 
 from agent.process_supervisor.client import Client, SupervisorError
+from agent.tremplin import power_cut
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def launch(options: Options) -> str:
         return "PID 1 is not ours here; waiting for an LXD that somebody else starts"
     os.makedirs(lxd_dir, mode=0o711, exist_ok=True)
     os.makedirs(options["tremplin.lxd_conf"], mode=0o700, exist_ok=True)
-    drop_torn_keys(lxd_dir, booted_at=booted_at())
-    drop_pid_files(lxd_dir, booted_at=booted_at())
     with Client.connect(run_dir, timeout=_SUPERVISOR_SECONDS) as client:
+        if not _was_launched(client):
+            power_cut.put_right(lxd_dir, run_dir)
         launched = client.launch(
             _command(lxd_dir),
             name=_NAME,
@@ -71,54 +71,14 @@ def stop(run_dir: str) -> bool:
     return True
 
 
-def booted_at() -> float:
-    """When the VM was booted, by its clock of now: in seconds since 1970."""
-    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def drop_torn_keys(lxd_dir: str, *, booted_at: float) -> None:
-    """Deletes the server's certificate and key when a power cut has left one of them empty or cut
-    off: LXD writes them once without fsync(2), makes them anew when they are missing, and does not
-    start when they are torn.
-
-    booted_at: in seconds since 1970; LXD may be writing those that are newer.
-    """
-    pair = [f"{lxd_dir}/server.crt", f"{lxd_dir}/server.key"]
-    for path in pair:
-        try:
-            with open(path, "rb") as file:
-                torn = (
-                    os.fstat(file.fileno()).st_mtime < booted_at and b"-----END" not in file.read()
-                )
-        except FileNotFoundError:
-            continue
-        if torn:
-            for each in pair:
-                try:
-                    os.unlink(each)
-                except FileNotFoundError:
-                    pass
-            return
-
-
-def drop_pid_files(lxd_dir: str, *, booted_at: float) -> None:
-    """Deletes what LXD noted of its bridges' dnsmasq in an earlier boot: no such process is there,
-    and LXD does not get along with a file that a power cut has left empty.
-
-    booted_at: in seconds since 1970.
-    """
-    networks = f"{lxd_dir}/networks"
+def _was_launched(client: Client) -> bool:
     try:
-        names = os.listdir(networks)
-    except OSError:
-        return
-    for name in names:
-        path = f"{networks}/{name}/dnsmasq.pid"
-        try:
-            if os.stat(path).st_mtime < booted_at:
-                os.unlink(path)
-        except OSError:
-            pass
+        client.info(_NAME)
+    except SupervisorError as error:
+        if error.code != "ENOENT":
+            raise
+        return False
+    return True
 
 
 def _command(lxd_dir: str) -> list[str]:
@@ -140,4 +100,4 @@ def _group_exists(name: str) -> bool:
         return False
 
 
-__all__ = ["SupervisorError", "drop_pid_files", "drop_torn_keys", "environment", "launch"]
+__all__ = ["SupervisorError", "environment", "launch", "stop"]

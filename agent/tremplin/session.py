@@ -68,6 +68,8 @@ class Session:
         self.left_overs_removed = False
         """Whether nothing is left of creations by a tremplin that was killed."""
         self.import_lock = asyncio.Lock()
+        self.image_lock = asyncio.Lock()
+        """Held while the images of an earlier boot are looked through."""
         self.lxd_is_up = asyncio.Event()
         """Set while LXD's events flow."""
         self.lifecycle = Lifecycle(self)

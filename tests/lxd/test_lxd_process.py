@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LXD = pb.StartLxdProgress
+CREATED = pb.ContainerCreationProgress.CREATED
 
 
 class _SupervisedTremplin(Tremplin):
@@ -43,6 +44,16 @@ class _SupervisedTremplin(Tremplin):
         """The pid of LXD in the namespace of PID 1; 0 while it does not run."""
         with self.supervisor() as client:
             return int(client.info("lxd")["pid"] or 0)
+
+    def restart_both(self) -> None:
+        """LXD and tremplin end and are started again; returns when the host has heard of it."""
+        before = len(self.host.reports)
+        with self.supervisor() as client:
+            client.stop("tremplin")
+            client.stop("lxd")
+            client.start("lxd")
+            client.start("tremplin")
+        self.host.wait_for("TremplinReady", after=before, seconds=120)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +110,41 @@ def _works(supervised: _SupervisedTremplin) -> None:
     before = len(supervised.host.reports)
     supervised.call("StopContainer", container_name="kept")
     supervised.host.wait_for("UpdateStopStatus", container="kept", after=before)
+
+
+def test_images_after_a_power_cut(supervised: _SupervisedTremplin) -> None:
+    """LXD knows of an image of which there is nothing on the disk: it goes before the next
+    creation. One that somebody imported stays, and so does each when LXD alone starts again.
+    """
+    machine = supervised.machine
+    doubt = Path(f"/proc/{machine.init_pid}/root/run/maitred/tremplin-images-in-doubt")
+
+    def create() -> tuple[int, str]:
+        ended = supervised.create("cut", server=server, alias="big").message
+        machine.run("lxc", "delete", "cut")
+        return ended.status, ended.failure_reason
+
+    def mark(fingerprint: str) -> str:
+        image = machine.api.images[fingerprint].get().json()["metadata"]
+        return str(image["properties"].get("tremplin-on-disk", ""))
+
+    server = machine.new_server()
+    machine.forget_images()
+    rootfs, metadata = machine.image_files("busybox")
+    machine.run("lxc", "image", "import", metadata, rootfs)
+    (imported,) = machine.images()
+    assert create() == (CREATED, "")
+    (image,) = set(machine.images()) - {imported}
+    wait_until(lambda: mark(image), "the mark of an image that is on the disk")
+    machine.run("lxc", "image", "unset-property", image, "tremplin-on-disk")
+    supervised.restart_both()
+    assert not doubt.exists()
+    machine.run("rm", machine.lxd_dir / f"images/{image}.rootfs")
+    doubt.touch()
+    assert create() == (CREATED, "")
+    assert set(machine.images()) == {imported, image}
+    assert not doubt.exists()
+    machine.forget_images()
 
 
 def test_reset_database(supervised: _SupervisedTremplin) -> None:
