@@ -133,7 +133,7 @@ class Operation(ABC):
     async def _run(self) -> None:
         outcome, reason = await self._outcome()
         if outcome is not Outcome.DONE:
-            reason = f"cannot {self.verb} container {self.container}: {reason}"
+            reason = cannot(self.verb, self.container, reason)
             _log.warning("%s", reason)
             await self._undo()
         self.outcome = outcome
@@ -189,3 +189,8 @@ class Operation(ABC):
 def one_line(error: BaseException) -> str:
     """The text of an error, never empty."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def cannot(verb: str, container: str, why: str) -> str:
+    """Why something cannot be done with a container, as it is reported."""
+    return f"cannot {verb} container {container}: {why}"

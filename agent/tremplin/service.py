@@ -26,7 +26,8 @@ from agent.tremplin.lxd_recovery import (
 from agent.tremplin.lxd_setup import set_up_lxd
 from agent.tremplin.ports import ListeningPorts
 from agent.tremplin.reporter import Reporter
-from agent.tremplin.servicer import Servicer, resume
+from agent.tremplin.resume import resume
+from agent.tremplin.servicer import Servicer
 from agent.tremplin.session import Session, Settings
 
 TYPE_CHECKING = False
