@@ -20,11 +20,11 @@ run: venv image container-image ## build what is missing, boot the VM, bring up 
 test: venv image container-image ## every test, cheapest first, the real VM included
 	.venv/bin/python -m pytest $(PYTEST)
 
-.PHONY: test-9p
-test-9p: venv container-image ## Mount9P in a VM with the generic kernel, as Debian's cloud kernel has no 9p
+.PHONY: test-generic
+test-generic: venv container-image ## what Debian's cloud kernel has no modules for: 9p and USB, in a VM with the generic one
 	requirements/install-packages requirements/debian-9p.txt
 	@KERNEL=generic $(IMAGE) guest
-	.venv/bin/python -m pytest tests/vm/test_9p.py
+	.venv/bin/python -m pytest tests/vm/test_9p.py tests/vm/test_usb.py
 
 .PHONY: bench
 bench: venv image container-image ## our figures beside a peer's, as ratios

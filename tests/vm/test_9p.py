@@ -1,5 +1,5 @@
-"""Mount9P against a real 9P server behind vsock: `make test-9p`. Debian's cloud kernel, which the
-other tests boot, has no 9p: with it, this is skipped.
+"""Mount9P against a real 9P server behind vsock: `make test-generic`. Debian's cloud kernel, which
+the other tests boot, has no 9p: with it, this is skipped.
 """
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import mmap
 import os
 import shutil
 import socket
@@ -21,7 +20,7 @@ from host.build_files import GuestImage
 from host.commands import run_in_guest
 from host.image_server import ImageServer
 from host.vm import Vm
-from tests.vm.vms import boot, new_vm
+from tests.vm.vms import boot, is_generic, new_vm
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -110,13 +109,6 @@ class _Scene:
         return done.output
 
 
-def _has_9p(kernel: Path) -> bool:
-    """A built kernel's release says which of Debian's it is."""
-    with kernel.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        start = data.find(b"Linux version ")
-        return b"-cloud-" not in data[start : start + 80]
-
-
 @pytest.fixture(scope="module")
 def scene(
     runner: asyncio.Runner,
@@ -125,8 +117,8 @@ def scene(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[_Scene]:
     """A VM, and a folder of the host that is mounted in it."""
-    if not _has_9p(image.kernel):
-        pytest.skip("this kernel has no 9p; `make test-9p` builds a guest that has")
+    if not is_generic(image.kernel):
+        pytest.skip("this kernel has no 9p; `make test-generic` builds a guest that has")
     directory = tmp_path_factory.mktemp("9p")
     root, shared = directory / "root", directory / "shared"
     root.mkdir()

@@ -7,6 +7,7 @@ boot, and only such a one, is repeated once, and the summary at the end of the t
 from __future__ import annotations
 
 import contextlib
+import mmap
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -33,6 +34,13 @@ def _hung(vm: Vm) -> bool:
     return any(sign in vm.boot_text for sign in ("soft lockup", "detected stalls")) or (
         "initrd" not in vm.boot_text and "] init: " not in vm.boot_text
     )
+
+
+def is_generic(kernel: Path) -> bool:
+    """Whether a built kernel is Debian's generic one, which has 9p and USB; its release says so."""
+    with kernel.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = data.find(b"Linux version ")
+        return b"-cloud-" not in data[start : start + 80]
 
 
 async def boot(vm: Vm) -> None:
