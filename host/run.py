@@ -126,6 +126,7 @@ class _Session:
         console = await terminal.serve(vm.console, vm.run_dir / "console.sock")
         if self._options.verbose:
             vm.console.watch(display.ConsoleLines(show.line))
+        vm.tell = show.line
         host = Host(vm, flow, self._wanted, self._status)
         try:
             show.line(

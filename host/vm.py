@@ -10,7 +10,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
@@ -19,6 +19,7 @@ import grpc.aio
 
 from agent.pb import common_pb2, tremplin_pb2_grpc, vm_guest_pb2_grpc
 from host import paths, qemu
+from host.boot_hang import hang
 from host.children import Child, spawn
 from host.console import Console
 from host.errors import HostError, VmDiedError
@@ -46,6 +47,9 @@ CLEAN_LINE = "maitred: power off: clean"
 """PID 1's last words when all processes ended and all disks were unmounted; QEMU's exit code is
 the same for a panic."""
 
+_BOOTS = 3
+"""As 1 of about 60 emulated boots hangs."""
+_SILENCE_SECONDS = 30.0
 _DAEMON_SECONDS = 5.0
 _PANIC_SECONDS = 2.0  # panic=-1 ends QEMU by itself, unless it hangs in the panic
 
@@ -60,6 +64,10 @@ _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+
+
+class _BootHangsError(Exception):
+    """The guest's kernel does not get on; str(): how that shows."""
 
 
 class Vm:
@@ -92,6 +100,9 @@ class Vm:
         self.vsock: Vsock
         self.booted_at = 0.0
         """When QEMU was started last (monotonic seconds)."""
+
+        self.tell: Callable[[str], None] = lambda _: None
+        """Called with what a user should know of, one line each."""
 
         self.kept_output: set[str] = set()
         """Files in the VM that host/commands.py has no more use for."""
@@ -304,17 +315,43 @@ class Vm:
             details = " ".join((error.details() or "no details").split())
             raise HostError(f"cannot {what}: {error.code().name}: {details}") from None
 
-    async def ready(self, *, timeout: float = 120.0) -> float:
-        """Waits for VmReady; returns the seconds since QEMU was started.
+    async def ready(self, *, timeout: float = 120.0, silence: float = _SILENCE_SECONDS) -> float:
+        """Waits for VmReady, and boots again when the emulated kernel hangs; returns the seconds
+        since QEMU was started last.
 
+        timeout: seconds that each boot may take. silence: seconds after which a console that says
+        nothing means that the kernel hangs; the last boot is given its whole time.
         Raises HostError, VmDiedError.
         """
-        await self.alive(
-            self.recorder.wait_for("VmReady", since=self.boot_events),
-            timeout=timeout,
-            what="boot the VM",
-        )
+        for boots_left in reversed(range(_BOOTS if self.accelerator == "tcg" else 1)):
+            try:
+                await self.alive(
+                    self._ready_or_hung(silence if boots_left else None),
+                    timeout=timeout,
+                    what="boot the VM",
+                )
+                break
+            except _BootHangsError as error:
+                last = "".join(self.console.last_lines(1)) or "nothing"
+                self.tell(f"the emulated kernel hangs: {error}; last: {last!r}; booting again")
+                await self.kill()
+                await self.boot()
         return time.monotonic() - self.booted_at
+
+    async def _ready_or_hung(self, silence: float | None) -> None:
+        ready = asyncio.ensure_future(self.recorder.wait_for("VmReady", since=self.boot_events))
+        tasks: list[asyncio.Future[Any]] = [ready]
+        if silence is not None:
+            looking = hang(self.console, start=self._boot_starts_at, seconds=silence)
+            tasks.append(asyncio.ensure_future(looking))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done():
+                raise _BootHangsError(tasks[-1].result())
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def shut_down(self, *, timeout: float = SHUTDOWN_SECONDS) -> bool:
         """Asks the guest to power off and waits until it has; kills it if it does not.

@@ -1,8 +1,4 @@
-"""VMs for tests: the built image, booted by the host's own launcher.
-
-An emulated boot now and then hangs in soft lock-ups (a bug of emulation, not of the guest): such a
-boot, and only such a one, is repeated once, and the summary at the end of the tests says so.
-"""
+"""VMs for tests: the built image, booted by the host's own launcher."""
 
 from __future__ import annotations
 
@@ -13,7 +9,6 @@ from pathlib import Path
 
 from host.build_files import GuestImage
 from host.disks import DataDisk
-from host.errors import HostError, VmDiedError
 from host.flows import Flow, Host, Reached, Wanted, disks
 from host.image_server import ImageServer
 from host.qemu import Machine
@@ -24,16 +19,7 @@ BUSYBOX = "busybox"
 DEBIAN = "debian/bookworm"
 
 repeated: list[str] = []
-"""What was said of each repeated boot."""
-
-_BOOT_SECONDS = 90.0
-
-
-def _hung(vm: Vm) -> bool:
-    """Whether the guest's kernel is stuck, rather than something of ours."""
-    return any(sign in vm.boot_text for sign in ("soft lockup", "detected stalls")) or (
-        "initrd" not in vm.boot_text and "] init: " not in vm.boot_text
-    )
+"""What the launcher said of each boot that it repeated."""
 
 
 def is_generic(kernel: Path) -> bool:
@@ -44,19 +30,9 @@ def is_generic(kernel: Path) -> bool:
 
 
 async def boot(vm: Vm) -> None:
-    """Boots a VM until VmReady, again when the emulated kernel hangs."""
+    """Boots a VM until VmReady."""
     await vm.boot()
-    try:
-        await vm.ready(timeout=_BOOT_SECONDS)
-    except VmDiedError:
-        raise
-    except HostError as error:
-        if not _hung(vm):
-            raise AssertionError(f"{error}; console: {vm.console.last_lines(20)}") from error
-        repeated.append(f"{error}; last line: {vm.console.last_lines(1)}")
-        await vm.kill()
-        await vm.boot()
-        await vm.ready(timeout=_BOOT_SECONDS)
+    await vm.ready()
 
 
 class TestVm:
@@ -112,6 +88,7 @@ async def new_vm(
             more=base.more,
         )
         async with Vm(image, with_disks, accelerator="auto") as vm:
+            vm.tell = repeated.append
             try:
                 yield TestVm(vm, flow, image_server)
             finally:

@@ -1,0 +1,31 @@
+"""Whether an emulated boot hangs: QEMU's emulation now and then leaves the processors of a guest
+spinning in its kernel; the next boot comes up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from host.console import Console
+
+_SIGNS = ("soft lockup", "detected stalls", "hard LOCKUP")
+"""What Linux says of a processor that does not get on (lockup-watchdogs.rst, stallwarn.rst)."""
+
+
+async def hang(console: Console, *, start: int, seconds: float) -> str:
+    """Returns when a boot hangs, with the reason; else never.
+
+    console: what the boot writes is its text from position start on. seconds: without a word on it,
+    or after the kernel said itself that it is stuck.
+    """
+    while not any(sign in console.since(start) for sign in _SIGNS):
+        position = console.position
+        try:
+            async with asyncio.timeout(seconds):
+                await console.wait_for("(?s).", start=position)
+        except TimeoutError:
+            return f"the console was silent for {seconds:g} s"
+    await asyncio.sleep(seconds)
+    return "its kernel says that it is stuck"
