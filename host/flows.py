@@ -146,6 +146,8 @@ class Host:
             raise
         finally:
             self._vm.recorder.handle("UpdateCreateStatus", None)
+            if not self._created.cancel():
+                self._created.exception()  # nobody may have waited for it any more
 
     async def _bring_up(self) -> Reached:
         vm = self._vm
@@ -333,9 +335,11 @@ class Host:
                 )
             await self._set_up_and_start()
         except HostError as error:
-            self._created.set_exception(error)
+            if not self._created.done():
+                self._created.set_exception(error)
         else:
-            self._created.set_result(None)
+            if not self._created.done():
+                self._created.set_result(None)
         self._news.set()
 
     async def _set_up_and_start(self) -> None:
