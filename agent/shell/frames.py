@@ -19,6 +19,9 @@ MESSAGE_MAX = 4096
 _DATA_MAX = 4000
 """Bytes of output in a message; the fields around them take some too."""
 
+_READ_BYTES = 128 << 10
+"""What is taken off a stream at once: each time costs as much as a dozen messages."""
+
 _LENGTH = struct.Struct("<I")
 
 
@@ -27,31 +30,64 @@ class FrameError(Exception):
 
 
 class FrameReader:
-    """Cuts what a stream brings into messages."""
+    """Cuts what a stream brings into messages, in the buffer that it was received into."""
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._buffer = memoryview(bytearray(_READ_BYTES))
+        self._start = 0
+        self._end = 0
 
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """The messages that are complete with data. Raises FrameError."""
-        self._buffer += data
-        start = 0
-        while len(self._buffer) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._buffer, start)
+    def space(self) -> memoryview:
+        """Where the next bytes of the stream are to be put; never empty. What received() gave is
+        gone then.
+        """
+        rest = self._end - self._start
+        self._buffer[:rest] = self._buffer[self._start : self._end]
+        self._start, self._end = 0, rest
+        return self._buffer[rest:]
+
+    def received(self, count: int) -> Iterator[memoryview]:
+        """The messages that are complete now that count more bytes are in space().
+
+        Raises FrameError.
+        """
+        self._end += count
+        while (first := self._start + _LENGTH.size) <= self._end:
+            (length,) = _LENGTH.unpack_from(self._buffer, self._start)
             if length > MESSAGE_MAX:
                 raise FrameError(f"a message of {length} bytes")
-            end = start + _LENGTH.size + length
-            if len(self._buffer) < end:
-                break
-            yield bytes(self._buffer[start + _LENGTH.size : end])
-            start = end
-        del self._buffer[:start]
+            if first + length > self._end:
+                return
+            self._start = first + length
+            yield self._buffer[first : self._start]
 
 
 def frame(message: Message) -> bytes:
     """One frame."""
     data = message.SerializeToString()
     return _LENGTH.pack(len(data)) + data
+
+
+def input_in(message: memoryview) -> memoryview | None:
+    """The input for stdin that a message is; None when it is another one, or written in another
+    way than most write it, which takes protobuf to tell.
+    """
+    head = _head_of_input(len(message))
+    size = len(head)
+    return message[size:] if size and message[:size] == head else None
+
+
+@functools.cache
+def _head_of_input(length: int) -> bytes:
+    # As in _head_of_full_frame(). The lengths in it reach to the end of the message, so whatever
+    # begins like that is input to its end.
+    stream = vsh_pb2.STDIN_STREAM
+    for size in range(length - 1, 0, -1):
+        data = vsh_pb2.DataMessage(stream=stream, data=bytes(size))
+        whole = vsh_pb2.GuestMessage(data_message=data).SerializeToString()
+        if len(whole) <= length:
+            return whole[:-size] if len(whole) == length else b""
+    return b""
 
 
 def output_frames(stream: vsh_pb2.StdioStream.ValueType, data: bytes) -> bytes:

@@ -21,7 +21,8 @@ from google.protobuf.message import DecodeError
 from agent import relay
 from agent.pb import vsh_pb2
 from agent.shell.command import Command, CommandError
-from agent.shell.frames import FrameError, FrameReader, frame, output_frames
+from agent.shell.frames import FrameError, FrameReader, frame, input_in, output_frames
+from agent.shell.program_input import ProgramInput
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,9 +37,6 @@ _LOOK_AGAIN_SECONDS = 0.1
 _LOOK_FOR_HOST_SECONDS = 1.0
 _READ_MAX = 64 << 10
 _LAST_READS = 16
-_INPUT_MAX = 64 << 10
-"""Bytes kept for a process that does not read them, from which on the host has to wait."""
-_END_OF_INPUT = b"\x04"  # what VEOF is set to in a new terminal
 
 _SIGNALS = {
     vsh_pb2.SIGNAL_HUP: signal.SIGHUP,
@@ -48,7 +46,7 @@ _SIGNALS = {
 }
 
 
-class Session(asyncio.Protocol):
+class Session(asyncio.BufferedProtocol):
     """The server's end of one connection."""
 
     _transport: asyncio.Transport
@@ -62,13 +60,9 @@ class Session(asyncio.Protocol):
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._terminal = -1
-        self._stdin = -1
+        self._input: ProgramInput | None = None
         self._outputs: dict[int, vsh_pb2.StdioStream.ValueType] = {}
-        self._input = bytearray()
-        self._input_ends = False
-        self._is_waiting_to_write = False
         self._is_paused = False
-        self._is_full = False
         self._is_lost = False
         self._ending: asyncio.Task[None] | None = None
         self._setup_timer: asyncio.TimerHandle | None = None
@@ -87,20 +81,35 @@ class Session(asyncio.Protocol):
             return
         self._setup_timer = self._loop.call_later(_SETUP_SECONDS, transport.abort)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        del sizehint
+        return self._frames.space()
+
+    def buffer_updated(self, nbytes: int) -> None:
         try:
-            for message in self._frames.feed(data):
+            for message in self._frames.received(nbytes):
                 if self._transport.is_closing():
                     return
-                if self._process is None:
-                    self._set_up(vsh_pb2.SetupConnectionRequest.FromString(message))
+                if self._input is None:
+                    self._set_up(vsh_pb2.SetupConnectionRequest.FromString(bytes(message)))
+                elif (data := input_in(message)) is not None:
+                    self._input.put(data)
                 else:
-                    self._serve(vsh_pb2.GuestMessage.FromString(message))
+                    self._serve(vsh_pb2.GuestMessage.FromString(bytes(message)), self._input)
+            if self._input is not None:
+                self._input.write()
         except (FrameError, DecodeError) as error:
             _log.warning("cannot go on with a session: the host sent %s", error)
             self._transport.abort()
             return
-        self._pass_on_input()
+        if self._input is not None and self._input.is_full:
+            self._transport.pause_reading()
+            if self._look_timer is None:
+                self._look_later()
+
+    def _resume_reading(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
         del error
@@ -150,11 +159,11 @@ class Session(asyncio.Protocol):
         if not self._is_paused:
             self.resume_writing()
 
-    def _serve(self, message: vsh_pb2.GuestMessage) -> None:
+    def _serve(self, message: vsh_pb2.GuestMessage, program: ProgramInput) -> None:
         kind = message.WhichOneof("msg")
         if kind == "data_message":
             if message.data_message.stream == vsh_pb2.STDIN_STREAM:
-                self._take_input(message.data_message.data)
+                program.put(message.data_message.data)
         elif kind == "resize_message":
             size = message.resize_message
             self._resize(size.rows, size.cols)
@@ -188,8 +197,9 @@ class Session(asyncio.Protocol):
         theirs: list[int] = []
         try:
             if request.nopty:
-                stdin, self._stdin = os.pipe2(os.O_CLOEXEC)
+                stdin, to_stdin = os.pipe2(os.O_CLOEXEC)
                 theirs.append(stdin)
+                self._take_input_at(to_stdin)
                 for stream in (vsh_pb2.STDOUT_STREAM, vsh_pb2.STDERR_STREAM):
                     ours, end = os.pipe2(os.O_CLOEXEC)
                     theirs.append(end)
@@ -198,12 +208,13 @@ class Session(asyncio.Protocol):
             else:
                 self._terminal, slave = os.openpty()
                 theirs.append(slave)
-                self._stdin = self._terminal
+                to_stdin = self._terminal
+                self._take_input_at(to_stdin)
                 self._outputs[self._terminal] = vsh_pb2.STDOUT_STREAM
                 os.fchown(slave, command.user.pw_uid, -1)
                 self._resize(request.window_rows, request.window_cols)
                 stdin = stdout = stderr = slave
-            for descriptor in {self._stdin, *self._outputs}:
+            for descriptor in {to_stdin, *self._outputs}:
                 os.set_blocking(descriptor, False)
             return command.start(
                 stdin=stdin, stdout=stdout, stderr=stderr, is_terminal=not request.nopty
@@ -211,6 +222,11 @@ class Session(asyncio.Protocol):
         finally:
             for descriptor in theirs:
                 os.close(descriptor)
+
+    def _take_input_at(self, descriptor: int) -> None:
+        self._input = ProgramInput(
+            descriptor, is_terminal=descriptor == self._terminal, on_room=self._resume_reading
+        )
 
     def _read_output(self, descriptor: int) -> bool:
         """Passes on what there is; whether there may be more."""
@@ -231,54 +247,13 @@ class Session(asyncio.Protocol):
         self._transport.write(output_frames(self._outputs[descriptor], data))
         return True
 
-    def _take_input(self, data: bytes) -> None:
-        if self._stdin < 0 or self._input_ends:
-            return
-        if not data:
-            if self._stdin == self._terminal:
-                self._input += _END_OF_INPUT
-            else:
-                self._input_ends = True
-        self._input += data
-
-    def _pass_on_input(self) -> None:
-        """Once for all messages that came together: each write(2) costs as much as a message."""
-        if self._stdin >= 0 and not self._is_waiting_to_write and (self._input or self._input_ends):
-            self._write_input()
-        if len(self._input) > _INPUT_MAX and not self._is_full:
-            self._is_full = True
-            self._transport.pause_reading()
-            if self._look_timer is None:
-                self._look_later()
-
-    def _write_input(self) -> None:
-        try:
-            while self._input:
-                del self._input[: os.write(self._stdin, self._input[:_READ_MAX])]
-        except (BlockingIOError, InterruptedError):
-            if not self._is_waiting_to_write:
-                self._is_waiting_to_write = True
-                self._loop.add_writer(self._stdin, self._write_input)
-            return
-        except OSError:  # it does not read any more
-            self._input.clear()
-            self._input_ends = True
-        self._is_waiting_to_write = False
-        self._loop.remove_writer(self._stdin)
-        self._is_full = False
-        if not self._transport.is_closing():
-            self._transport.resume_reading()
-        if self._input_ends and self._stdin != self._terminal:
-            os.close(self._stdin)
-            self._stdin = -1
-
     def _look_later(self) -> None:
         self._look_timer = self._loop.call_later(_LOOK_FOR_HOST_SECONDS, self._look_for_host)
 
     def _look_for_host(self) -> None:
         """While nothing is read, nobody notices that the host vanished."""
         self._look_timer = None
-        if not self._is_full or self._transport.is_closing():
+        if self._input is None or not self._input.is_full or self._transport.is_closing():
             return
         poll = select.poll()
         poll.register(self._transport.get_extra_info("socket"), select.POLLRDHUP)
@@ -322,12 +297,13 @@ class Session(asyncio.Protocol):
         self._finish()
 
     def _close_descriptors(self) -> None:
-        descriptors = {self._stdin, self._terminal, *self._outputs} - {-1}
-        self._stdin = self._terminal = -1
+        if self._input is not None:
+            self._input.close()
+        descriptors = {self._terminal, *self._outputs} - {-1}
+        self._terminal = -1
         self._outputs.clear()
         for descriptor in descriptors:
             self._loop.remove_reader(descriptor)
-            self._loop.remove_writer(descriptor)
             os.close(descriptor)
 
     def _finish(self) -> None:
