@@ -119,7 +119,8 @@ class OperationCalls(TremplinServicer):
             async with asyncio.timeout(ANSWER_SECONDS):
                 await start.ended.wait()
         except TimeoutError:
-            return statuses(status=statuses.STARTING, os_release=start.os_release)
+            status = statuses.REMAPPING if start.remapping else statuses.STARTING
+            return statuses(status=status, os_release=start.os_release)
         if start.outcome is not Outcome.DONE:
             return statuses(status=statuses.FAILED, failure_reason=start.reason)
         return statuses(status=statuses.STARTED, os_release=start.os_release)

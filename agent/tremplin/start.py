@@ -7,7 +7,7 @@ import os
 import re
 
 from agent.pb import tremplin_pb2 as pb
-from agent.tremplin import markers
+from agent.tremplin import markers, remap
 from agent.tremplin.devices import PREFIX, replace_devices
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.operation import Operation, OperationError, Outcome
@@ -41,6 +41,8 @@ class Start(Operation):
         super().__init__(session, request)
         self.os_release = pb.OsRelease()
         """What the container says of itself, as soon as it has been read."""
+        self.remapping = False
+        """Whether the ids of a container that has been in use are shifted."""
 
     async def work(self) -> None:
         """See Operation."""
@@ -59,8 +61,15 @@ class Start(Operation):
                 raise OperationError(await self._reason(error)) from None
             if not set_up:
                 await markers.mark(self.session.lxd, self.container, markers.SET_UP)
+            if self.remapping:
+                await remap.let_go(self.session, self.container)
         finally:
             heartbeat.cancel()
+
+    async def clean_up(self) -> None:
+        """See Operation."""
+        if self.remapping and await remap.has_copy(self.session, self.container):
+            await remap.swap_back(self.session, self.container)
 
     def report_end(self, outcome: Outcome, reason: str) -> None:
         """See Operation."""
@@ -90,10 +99,15 @@ class Start(Operation):
     async def _prepare(self) -> bool:
         # Whether it was started before.
         try:
-            instance, set_up = await asyncio.gather(
+            instance, set_up, has_copy = await asyncio.gather(
                 self.session.lxd.get("instances", self.container),
                 markers.is_set_up(self.session.lxd, self.container),
+                remap.has_copy(self.session, self.container),
             )
+            if has_copy:
+                self.remapping = True
+                if await remap.swap_back(self.session, self.container):
+                    instance = await self.session.lxd.get("instances", self.container)
         except LxdNotFoundError:
             raise OperationError("there is no such container") from None
         token_file = token_path(self.session.settings.token_dir, self.container)
@@ -112,7 +126,19 @@ class Start(Operation):
         }
         if any(changes.values()):
             await self.session.lxd.request("patch", "instances", self.container, json=changes)
+        if changes["config"]:
+            instance = await self.session.lxd.get("instances", self.container)
+        if instance["status"] == "Stopped" and remap.is_needed(instance["config"]):
+            await self._before_remap(instance["config"], set_up=set_up)
         return set_up
+
+    async def _before_remap(self, config: dict[str, str], *, set_up: bool) -> None:
+        if set_up:
+            if not self.remapping:
+                self.remapping = True
+                await remap.keep_copy(self.session, self.container)
+        elif await asyncio.to_thread(remap.is_torn, self.session, self.container, config):
+            raise OperationError("its first start was cut short: it has to be created again")
 
     async def _start(self) -> None:
         # LXD shows a container as stopped before it has let go of it.
