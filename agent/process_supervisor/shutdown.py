@@ -2,7 +2,8 @@
 
     first    processes with stop_stage first (tremplin, that stops the containers): their signal
     normal   everything else outside containers: SIGTERM, or the stop signal of a supervised one;
-             the descendants of those once they are left behind
+             the descendants of those once they are left behind; longer while one that asked for
+             more time is at it
     last     processes with stop_stage last (the log forwarder, lxcfs)
     kill     whatever is left, containers included: SIGKILL
 
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from agent.process_supervisor.table import Table
 
 NORMAL_SECONDS = 10.0
-"""How long the normal stage may take."""
+"""How long the normal stage may take,"""
+PATIENT_SECONDS = 15.0
+"""and how long at most while a supervised process runs whose stop_timeout is longer: LXD, which
+gives the containers nearly as long and has its own work to do after that."""
 
 KILL_SECONDS = 2.0
 """How long SIGKILL may take until what is left is given up."""
@@ -108,9 +112,13 @@ class Shutdown:
             yield left
 
     def _normal_stage(self) -> Iterator[float]:
-        deadline = self._timers.now() + NORMAL_SECONDS
+        started = self._timers.now()
         look_at = 0.0
-        while (now := self._timers.now()) < deadline and self._children_left():
+        while self._children_left():
+            now = self._timers.now()
+            limit = NORMAL_SECONDS if now < started + NORMAL_SECONDS else self._patience()
+            if now >= started + limit:
+                return
             # Looking through /proc costs, so not at each exit of a thousand.
             if now >= look_at:
                 processes = self._outside_the_last_stage()
@@ -122,7 +130,16 @@ class Shutdown:
                         self._ask_to_end(facts)
                 then = self._timers.now()
                 look_at = then + max(_LOOK_AGAIN, 10 * (then - now))
-            yield min(deadline, look_at) - now
+            yield min(started + limit, look_at) - now
+
+    def _patience(self) -> float:
+        """How long the normal stage may take as its usual time is over."""
+        timeouts = (
+            process.spec.stop_timeout
+            for process in self._table
+            if process.pid is not None and process.spec.stop_stage == "normal"
+        )
+        return min(max(timeouts, default=0.0), PATIENT_SECONDS)
 
     def _outside_the_last_stage(self) -> dict[int, ProcessFacts]:
         processes = self._processes()

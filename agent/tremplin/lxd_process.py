@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 _NAME = "lxd"
 _STOP_SIGNAL = "SIGPWR"
-_STOP_SECONDS = 10.0
-"""On SIGPWR LXD stops the containers, each of which has boot.host_shutdown_timeout, 9 s, for it."""
+_STOP_SECONDS = 15.0
+"""On SIGPWR LXD stops the containers, each of which has boot.host_shutdown_timeout, 9 s, for it;
+after that it forces them down, and ends itself, which take seconds too on a busy machine."""
 _SUPERVISOR_SECONDS = 30.0
 _LARGEST_LOG = 1024 * 1024
 

@@ -162,6 +162,22 @@ def test_those_that_ignore_it_are_killed_and_named(pid_one: PidOne) -> None:
     assert last_line(pid_one).endswith(" more")
 
 
+def test_who_asked_for_more_time_gets_it(pid_one: PidOne) -> None:
+    slow = (
+        "trap 'echo stopping; sleep 10.5; exit 0' TERM; echo trapped; while :; do sleep 0.01; done"
+    )
+    with pid_one.client() as client:
+        client.launch(["sh", "-c", slow], name="slow", stop_timeout=14)
+        client.launch(["sh", "-c", "trap '' TERM; sleep 1000"], name="stubborn")
+        wait_until("the trap is set", lambda: b"trapped" in client.output("slow")[1])
+        started = time.monotonic()
+        client.shutdown("test")
+    assert pid_one.wait() == 0
+    assert 10.4 < time.monotonic() - started < 12.5
+    assert "init: exit: killed stubborn (pid " in last_line(pid_one)
+    assert "slow" not in last_line(pid_one)
+
+
 def test_a_shutdown_refuses_new_processes_and_respawns_nothing(pid_one: PidOne) -> None:
     with pid_one.client() as client, pid_one.client() as follower:
         client.launch(["sh", "-c", "trap 'exit 1' TERM; while :; do sleep 0.01; done"], name="s")
