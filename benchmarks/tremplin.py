@@ -18,7 +18,7 @@ from agent.pb import tremplin_pb2 as pb
 from agent.tremplin.lxd_events import EventStream
 from benchmarks.figures import Figure
 from tests.lxd.host import Host, Tremplin
-from tests.lxd.machine import Machine, wait_until
+from tests.lxd.machine import Machine
 
 _ROUNDS = 9
 _DOWNLOADS = 3
@@ -218,42 +218,88 @@ def _starts_of_tremplin(machine: Machine, tremplin: Tremplin) -> Iterator[Figure
 
 
 def _many(machine: Machine, tremplin: Tremplin, idle: float) -> Iterator[Figure]:
+    """The life of many containers at once: beside as many calls as many runs of lxc."""
+    host = tremplin.host
+    ours = [f"ours{number}" for number in range(_MANY)]
     server = machine.new_server()
-    tremplin.create("c0", server=server)
-    began = time.monotonic()
-    after = len(tremplin.host.reports)
-    for number in range(1, _MANY):
-        tremplin.call(
-            "CreateContainer", container_name=f"c{number}", image_server=server,
-            image_alias="busybox",
-        )  # fmt: skip
-    for number in range(1, _MANY):
-        tremplin.host.wait_for(
-            "UpdateCreateStatus", container=f"c{number}", after=after, seconds=300,
-            not_status=pb.ContainerCreationProgress.DOWNLOADING,
-        )  # fmt: skip
-    created = time.monotonic() - began
-    began = time.monotonic()
-    after = len(tremplin.host.reports)
-    calls = [
-        tremplin.stub.StartContainer.future(
-            pb.StartContainerRequest(container_name=f"c{number}"), timeout=300
+    machine.forget_images()
+    tremplin.create("first", server=server)
+    machine.remove_containers()
+    (image,) = machine.images()
+
+    def all_told(call: str, report: str, **fields: str) -> Callable[[], object]:
+        def action() -> None:
+            after = len(host.reports)
+            request = getattr(pb, f"{call}Request")
+            calls = [
+                getattr(tremplin.stub, call).future(
+                    request(container_name=name, **fields), timeout=300
+                )
+                for name in ours
+            ]
+            for one in calls:
+                one.result()
+            for name in ours if report else []:
+                # Of these reports 1 says DOWNLOADING for a creation, else how it ended.
+                not_status = 1 if report == "UpdateCreateStatus" else None
+                host.wait_for(
+                    report, container=name, after=after, seconds=300, not_status=not_status
+                )
+
+        return action
+
+    def all_lxc(command: str) -> Callable[[], object]:
+        many = f"for n in $(seq 0 {_MANY - 1}); do {command} >/dev/null </dev/null & done; wait"
+        return lambda: machine.run("sh", "-c", many, seconds=300)
+
+    created = _timed(
+        all_told(
+            "CreateContainer", "UpdateCreateStatus", image_server=server, image_alias="busybox"
         )
-        for number in range(_MANY)
-    ]
-    for call in calls:
-        call.result()
-    wait_until(
-        lambda: list(machine.containers().values()).count("Running") == _MANY, "50", seconds=300
     )
-    started = time.monotonic() - began
-    yield Figure(f"create {_MANY} at once, each", {"tremplin": 1000 * created / _MANY}, "ms")
-    yield Figure(f"start {_MANY} at once, each", {"tremplin": 1000 * started / _MANY}, "ms")
+    started = _timed(all_told("StartContainer", "UpdateStartStatus"))
+    assert list(machine.containers().values()).count("Running") == _MANY
+    looked = _timed(all_told("GetContainerInfo", ""))
+    listed = _timed(lambda: machine.run("lxc", "list", "--format", "csv"))
+    ports = _ports_of_many(machine, tremplin, ours)
+    resident = _rss(machine, tremplin)
+    stopped = _timed(all_told("StopContainer", "UpdateStopStatus"))
+    deleted = _timed(all_told("DeleteContainer", "UpdateDeletionStatus"))
+    assert machine.containers() == {}
+    pairs = {
+        "create": (created, f"lxc init {image} theirs$n"),
+        "start": (started, "lxc start theirs$n"),
+        "stop": (stopped, "lxc stop theirs$n"),
+        "delete": (deleted, "lxc delete theirs$n"),
+    }
+    for what, (elapsed, command) in pairs.items():
+        theirs = _timed(all_lxc(command))
+        yield _ratio(f"{what} {_MANY} at once, each", elapsed / _MANY, theirs / _MANY)
+    yield _ratio(f"GetContainerInfo, {_MANY} at once, each; lxc list", looked / _MANY, listed)
+    yield Figure(
+        f"a port in each of {_MANY}: from the last one to the host's knowing all",
+        {"tremplin": ports},
+        "ms",
+    )
     yield Figure(
         f"resident memory idle, with {_MANY} running",
-        {"tremplin": idle, "with 50": _rss(machine, tremplin)},
+        {"tremplin": idle, f"with {_MANY}": resident},
         "MB",
     )
+
+
+def _ports_of_many(machine: Machine, tremplin: Tremplin, names: list[str]) -> float:
+    listen = "nc -l -p 8125 </dev/null >/dev/null 2>&1 &"
+    after = len(tremplin.host.reports)
+    for name in names:
+        machine.run("lxc", "exec", name, "--", "sh", "-c", listen)
+    began = time.monotonic()
+    told = tremplin.host.wait_for(
+        "UpdateListeningPorts",
+        after=after,
+        condition=lambda report: set(report.message.container_ports) == set(names),
+    )
+    return max(0.0, 1000 * (told.at - began))
 
 
 def _rss(machine: Machine, tremplin: Tremplin) -> float:

@@ -89,11 +89,11 @@ class Machine:
         # Entering another mount namespace would otherwise lead to its root directory.
         return [*enter, f"--wdns={ROOT}", "--", *lxd, *map(str, command)]
 
-    def run(self, *command: str | Path, check: bool = True) -> str:
+    def run(self, *command: str | Path, check: bool = True, seconds: float = _SECONDS) -> str:
         """What a command prints that is run inside."""
         result = subprocess.run(
             self._inside(command),
-            capture_output=True, text=True, check=False, timeout=_SECONDS, cwd=ROOT,
+            capture_output=True, text=True, check=False, timeout=seconds, cwd=ROOT,
         )  # fmt: skip
         assert not check or result.returncode == 0, f"{command}: {result.stdout}{result.stderr}"
         return result.stdout

@@ -187,6 +187,41 @@ def test_asked_twice(tremplin: Tremplin) -> None:
     assert len(finals) == 1
 
 
+def test_name_taken_meanwhile(tremplin: Tremplin) -> None:
+    """Somebody else's container keeps the name; nothing of ours is left."""
+    machine = tremplin.machine
+    tremplin.create("other")
+    (image,) = machine.images()
+    with machine.slow_down(4e6):
+        before = _begin(tremplin, "taken")
+        tremplin.host.wait_for("UpdateCreateStatus", container="taken", after=before)
+        machine.run("lxc", "init", image, "taken")
+        machine.run("lxc", "config", "set", "taken", "user.mine=yes")
+        end = _end(tremplin, "taken", before)
+    assert end.message.status == CREATION.FAILED
+    assert "already in use" in end.message.failure_reason
+    assert machine.containers() == {"other": "Stopped", "taken": "Stopped"}
+    assert machine.run("lxc", "config", "get", "taken", "user.mine").strip() == "yes"
+
+
+def test_broken_files(tremplin: Tremplin) -> None:
+    """A root filesystem that is none: FAILED, nothing is left, and the right file works."""
+    rootfs, metadata = tremplin.machine.image_files("busybox")
+
+    def create(rootfs: str) -> Report:
+        before = len(tremplin.host.reports)
+        answer = tremplin.call(
+            "CreateContainer", container_name="broken", rootfs_path=rootfs, metadata_path=metadata
+        )
+        assert answer.status == pb.CreateContainerResponse.CREATING
+        return _end(tremplin, "broken", before)
+
+    assert create("/etc/services").message.status == CREATION.FAILED
+    _nothing_is_left(tremplin)
+    assert create(rootfs).message.status == CREATION.CREATED
+    assert tremplin.machine.containers() == {"broken": "Stopped"}
+
+
 def test_disk_full(tremplin: Tremplin) -> None:
     """FAILED with the system's words; it works when there is room again."""
     machine = tremplin.machine
