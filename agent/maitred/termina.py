@@ -70,17 +70,25 @@ class Termina:
         )
         client = await self._supervisor.client()
         # tremplin takes longest to come up, and needs lxcfs only once a container starts.
-        await client.launch(
-            tremplin,
-            name="tremplin",
-            console=True,
-            respawn=True,
-            backoff=True,
-            listen=[str(self._options["tremplin.listen"])],
-            stop_signal="SIGPWR",
-            stop_timeout=_TREMPLIN_STOP_SECONDS,
-            stop_stage="first",
-        )
+        try:
+            await client.launch(
+                tremplin,
+                name="tremplin",
+                console=True,
+                respawn=True,
+                backoff=True,
+                listen=[str(self._options["tremplin.listen"])],
+                stop_signal="SIGPWR",
+                stop_timeout=_TREMPLIN_STOP_SECONDS,
+                stop_stage="first",
+            )
+        except SupervisorError as error:
+            if error.code != "EEXIST":
+                raise
+            raise BadRequest(
+                "cannot start tremplin: it runs, with another lxd_ipv4_subnet or "
+                "allow_privileged_containers; both stay as they are until the VM is restarted"
+            ) from None
         if os.access(_LXCFS, os.X_OK):
             os.makedirs(_LXCFS_DIR, exist_ok=True)
             await client.launch(

@@ -158,6 +158,9 @@ def test_privileged(tremplin: Tremplin) -> None:
         assert report.message.status == pb.ContainerStartProgress.STARTED
         found = tremplin.machine.run("lxc", "config", "get", "level", "security.privileged")
         assert found.strip() == wanted
+        uids = tremplin.machine.run("lxc", "exec", "level", "--", "cat", "/proc/self/uid_map")
+        roots_uid_outside = uids.split()[1]
+        assert (roots_uid_outside == "0") is (wanted == "true")
         tremplin.machine.run("lxc", "stop", "--force", "level")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import grpc.aio
 
-from agent.pb import vm_host_pb2, vm_host_pb2_grpc
+from agent.pb import vm_guest_pb2, vm_host_pb2, vm_host_pb2_grpc
 from tests.namespace.vm_in_namespaces import EMPTY, Vm, in_vm
 
 if TYPE_CHECKING:
@@ -215,5 +215,24 @@ def test_the_last_words_arrive_before_the_end(tmp_path: Path) -> None:
             assert await asyncio.to_thread(vm.process.wait, 30) == 0
         assert [one.content for one in collector.user] == [b"first", b"last words"]
         assert vm.console.read_text().splitlines()[-1].endswith("init: exit: clean")
+
+    in_vm(tmp_path, scenario, options=_options(tmp_path))
+
+
+def test_what_others_log_while_they_end_arrives_too(tmp_path: Path) -> None:
+    """The log forwarder is the last to be stopped."""
+    end = f"sleep 1; logger -u {tmp_path}/log -t last goodbye; exit"
+
+    async def scenario(vm: Vm) -> None:
+        collector = _Collector()
+        async with collector.listening(tmp_path / "logs"), _log_socket(tmp_path):
+            script = f"trap '{end}' TERM; logger -u {tmp_path}/log hello; while :; do sleep 1; done"
+            request = vm_guest_pb2.LaunchProcessRequest(argv=["sh", "-c", script], respawn=True)
+            await vm.maitred.LaunchProcess(request)
+            async with asyncio.timeout(60), collector.arrived:
+                await collector.arrived.wait_for(lambda: collector.user)
+            await vm.maitred.Shutdown(EMPTY)
+            assert await asyncio.to_thread(vm.process.wait, 30) == 0
+        assert collector.user[-1].content == b"last: goodbye"
 
     in_vm(tmp_path, scenario, options=_options(tmp_path))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import mmap
+import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -136,6 +138,26 @@ def test_the_balloon_leaves_what_the_host_can_back(tmp_path: Path, big_disk: str
         assert abs(await available() - all_of_it) < 64 * MIB
         image = tmp_path / "big.img"
         assert image.stat().st_blocks * 512 < 300 * MIB, "the balloon costs the host room"
+
+    _in_vm(tmp_path, scenario)
+
+
+def test_before_a_suspend_everything_is_on_the_disk(tmp_path: Path, big_disk: str) -> None:
+    token = os.urandom(64)
+
+    def is_on_the_disk() -> bool:
+        with (
+            (tmp_path / "big.img").open("rb") as image,
+            mmap.mmap(image.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            return content.find(token) >= 0
+
+    async def scenario(vm: Vm) -> None:
+        await _start(vm, big_disk)
+        Path(f"/proc/{vm.init_pid}/root{tmp_path}/stateful/file").write_bytes(token)
+        assert not is_on_the_disk()  # btrfs waits for up to 30 s
+        await vm.maitred.PrepareToSuspend(EMPTY)
+        assert is_on_the_disk()
 
     _in_vm(tmp_path, scenario)
 

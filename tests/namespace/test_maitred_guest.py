@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -258,11 +257,3 @@ def errno_name(number: int) -> str:
     import errno
 
     return errno.errorcode[number]
-
-
-def test_suspending_writes_everything_out(tmp_path: Path) -> None:
-    async def scenario(vm: Vm) -> None:
-        await vm.maitred.PrepareToSuspend(EMPTY)
-        os.kill(vm.pid_of("agent.maitred"), signal.SIGCONT)  # still there
-
-    in_vm(tmp_path, scenario)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from agent import syscalls
 from agent.pb import vm_guest_pb2
+from tests.namespace.test_maitred_termina import MIB, _digest, _loop_device, _run, occupied
 from tests.namespace.vm_in_namespaces import Vm, in_vm
 
 if TYPE_CHECKING:
@@ -154,5 +155,71 @@ def test_a_root_owned_link_on_another_filesystem_is_not_followed(tmp_path: Path)
         error = await _mount(vm, source="none", target=f"{shared}/link", fstype="tmpfs")
         assert error == errno.ELOOP
         assert _mounts(vm, elsewhere) == []
+
+    in_vm(tmp_path, scenario)
+
+
+def test_a_blank_device_is_formatted_once_and_never_again(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        with _loop_device(tmp_path / "disk.img", 16 * MIB) as device:
+            target = tmp_path / "target"
+
+            async def mount(**fields: object) -> int:
+                return await _mount(
+                    vm, source=device, target=str(target), create_target=True, **fields
+                )
+
+            assert await mount(fstype="ext4") == errno.EINVAL  # not asked to
+            assert _run("wipefs", "--no-act", device) == ""
+            assert await mount(fstype="ext4", mkfs_if_needed=True) == 0
+            assert f" ext4 {device} " in _mounts(vm, target)[0]
+            vm.inside("touch", f"{target}/kept")
+            vm.inside("umount", str(target))
+            assert await mount(fstype="ext4", mkfs_if_needed=True) == 0
+            assert "kept" in vm.inside("ls", str(target))
+            vm.inside("umount", str(target))
+
+    in_vm(tmp_path, scenario)
+
+
+@occupied
+def test_a_device_that_holds_anything_is_not_formatted(tmp_path: Path, occupy: list[str]) -> None:
+    async def scenario(vm: Vm) -> None:
+        with _loop_device(tmp_path / "disk.img", 128 * MIB) as device:
+            _run(*occupy, device)
+            _run("sync", device)
+            before = _digest(tmp_path / "disk.img")
+            target = str(tmp_path / "target")
+            error = await _mount(
+                vm,
+                source=device,
+                target=target,
+                fstype="xfs",
+                create_target=True,
+                mkfs_if_needed=True,
+            )
+            assert error in {errno.EINVAL, errno.EUCLEAN, errno.ENODEV}
+            _run("sync", device)
+            assert _digest(tmp_path / "disk.img") == before
+            assert not (tmp_path / "target").exists()
+
+    in_vm(tmp_path, scenario)
+
+
+def test_what_cannot_be_formatted_is_an_errno(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        with _loop_device(tmp_path / "disk.img", 16 * MIB) as device:
+            for source, fstype, expected in (
+                (device, "../x", errno.ENODEV),
+                (device, "nosuchfs", errno.ENOENT),
+                (device, "btrfs", errno.EIO),  # too small for one
+                ("/dev/null", "ext4", errno.ENOTBLK),
+                ("/dev/no-such-device", "ext4", errno.ENOENT),
+            ):
+                error = await _mount(
+                    vm, source=source, target="/mnt", fstype=fstype, mkfs_if_needed=True
+                )
+                assert error == expected, (source, fstype)
+            assert _run("wipefs", "--no-act", device) == ""
 
     in_vm(tmp_path, scenario)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from agent.pb import vm_guest_pb2
-from tests.namespace.vm_in_namespaces import EMPTY, PRIVATE_ROOT, Vm, in_vm
+from tests.namespace.vm_in_namespaces import EMPTY, PRIVATE_FILES, PRIVATE_ROOT, Vm, in_vm
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from google.protobuf.descriptor import Descriptor, MethodDescriptor
     from google.protobuf.message import Message
@@ -185,21 +186,34 @@ def test_200_calls_at_once(tmp_path: Path) -> None:
 
 def test_hosts_that_hang_up_in_the_middle_leave_no_child(tmp_path: Path) -> None:
     async def scenario(vm: Vm) -> None:
-        for argv in (["true"], ["sleep", "0.1"]):
-            request = vm_guest_pb2.LaunchProcessRequest(argv=argv, wait_for_exit=True)
-            calls = [vm.maitred.LaunchProcess(request) for _ in range(50)]
+        async def hang_up(start: Callable[[], Any], *, times: int) -> None:
+            calls = [start() for _ in range(times)]
             await asyncio.sleep(0)
             for call in calls:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
-        mount = vm_guest_pb2.MountRequest(source="none", target="/no/such", fstype="tmpfs")
-        for _ in range(20):
-            mounting = vm.maitred.Mount(mount)
-            await asyncio.sleep(0)
-            mounting.cancel()
-        async with asyncio.timeout(30):
-            while len(vm.processes()) > 1:
-                await asyncio.sleep(0.01)
-        assert (await vm.maitred.GetKernelVersion(EMPTY)).kernel_release
 
-    in_vm(tmp_path, scenario)
+        maitred = vm.pid_of("agent.maitred")
+        for argv in (["true"], ["sleep", "0.1"]):
+            request = vm_guest_pb2.LaunchProcessRequest(argv=argv, wait_for_exit=True)
+            await hang_up(partial(vm.maitred.LaunchProcess, request), times=50)
+        mount = vm_guest_pb2.MountRequest(source="none", target="/no/such", fstype="tmpfs")
+        await hang_up(partial(vm.maitred.Mount, mount), times=20)
+        user = vm_guest_pb2.SetUpUserRequest(username="tux", uid=1234)
+        for seconds in (0.01, 0.05, 0.1):  # at different places in the middle of useradd(8)
+            call = vm.maitred.SetUpUser(user)
+            await asyncio.sleep(seconds)  # how far it came is what is tested
+            call.cancel()
+        async with asyncio.timeout(30):
+            while len(vm.processes()) > 1 or _children(maitred):
+                await asyncio.sleep(0.01)
+        assert (await vm.maitred.SetUpUser(user)).username == "tux"
+        assert vm.inside("id", "-u", "tux").strip() == "1234"
+        assert vm.pid_of("agent.maitred") == maitred
+
+    in_vm(tmp_path, scenario, before=PRIVATE_FILES)
+
+
+def _children(pid: int) -> list[str]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [child for task in tasks for child in _text(task).split()]

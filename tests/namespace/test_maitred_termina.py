@@ -30,6 +30,19 @@ MIB = 1 << 20
 _MBR = r"\0\0\0\0\203\0\0\0\0\010\0\0\0\0\002\0" + r"\0" * 48 + r"\125\252"
 
 
+occupied = pytest.mark.parametrize(
+    "occupy",
+    [
+        ["mkfs.ext4", "-q"],
+        ["mkswap"],
+        ["sh", "-c", f"printf '{_MBR}' | dd of=$0 bs=1 seek=446 conv=notrunc status=none"],
+        ["sh", "-c", "mkfs.btrfs -q $0; dd if=/dev/zero of=$0 bs=4k seek=16 count=1 status=none"],
+    ],
+    ids=["ext4", "swap", "partitions", "btrfs without first superblock"],
+)
+"""For tests of what must not be formatted: `occupy` and a device is a command that fills it."""
+
+
 def _run(*argv: str) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
 
@@ -143,26 +156,31 @@ def test_privileged_containers_are_the_hosts_to_allow(
     _in_vm(tmp_path, scenario)
 
 
-def test_another_subnet_while_it_runs_is_refused(tmp_path: Path, disk: str) -> None:
+@pytest.mark.parametrize(
+    ("subnet", "allowed"), [("100.115.93.1/24", True), ("100.115.92.1/24", False)]
+)
+def test_while_it_runs_neither_subnet_nor_privilege_can_change(
+    tmp_path: Path, disk: str, subnet: str, allowed: bool
+) -> None:
     async def scenario(vm: Vm) -> None:
-        assert (await _start(vm, disk)).status == Response.SUCCESS
-        response = await _start(vm, disk, "100.115.93.1/24")
+        def request(subnet: str, *, allowed: bool) -> vm_guest_pb2.StartTerminaRequest:
+            return vm_guest_pb2.StartTerminaRequest(
+                lxd_ipv4_subnet=subnet, stateful_device=disk, allow_privileged_containers=allowed
+            )
+
+        first = request("100.115.92.1/24", allowed=True)
+        assert (await vm.maitred.StartTermina(first)).status == Response.SUCCESS
+        processes, mount = vm.processes(), _line(vm)
+        response = await vm.maitred.StartTermina(request(subnet, allowed=allowed))
         assert response.status == Response.FAILED
-        assert "tremplin" in response.failure_reason
+        assert "until the VM is restarted" in response.failure_reason
+        assert (vm.processes(), _line(vm)) == (processes, mount)
+        assert (await vm.maitred.StartTermina(first)).status == Response.SUCCESS
 
     _in_vm(tmp_path, scenario)
 
 
-@pytest.mark.parametrize(
-    "occupy",
-    [
-        ["mkfs.ext4", "-q"],
-        ["mkswap"],
-        ["sh", "-c", f"printf '{_MBR}' | dd of=$0 bs=1 seek=446 conv=notrunc status=none"],
-        ["sh", "-c", "mkfs.btrfs -q $0; dd if=/dev/zero of=$0 bs=4k seek=16 count=1 status=none"],
-    ],
-    ids=["ext4", "swap", "partitions", "btrfs without first superblock"],
-)
+@occupied
 def test_a_disk_that_holds_anything_is_refused_and_untouched(
     tmp_path: Path, disk: str, occupy: list[str]
 ) -> None:
