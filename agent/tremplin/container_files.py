@@ -209,7 +209,9 @@ class ContainerFiles:
             reason = json.loads(self._stream.read(length))["error"]
         except (ValueError, LookupError, TypeError):
             reason = status
-        raise ClosedError(f"LXD refuses its file interface: {reason}")
+        # A request that is wrong (4..) stays wrong; everything else may be LXD being busy.
+        kind = ConnectionError if " 4" in status[:12] else ClosedError
+        raise kind(f"LXD refuses its file interface: {reason}")
 
     def _send(self, kind: int, body: bytes) -> None:
         self._socket.sendall(struct.pack(">IB", len(body) + 1, kind) + body)

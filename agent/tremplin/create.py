@@ -12,10 +12,10 @@ import hashlib
 import logging
 import os
 import re
-from typing import NamedTuple
 
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin import images, markers
+from agent.tremplin.image_source import FromFiles, FromServer, certificate, image_source
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.names import IN_PROGRESS, is_in_progress
 from agent.tremplin.operation import Operation, OperationError, OperationTimedOutError, Outcome
@@ -33,20 +33,6 @@ _log = logging.getLogger(__name__)
 _TICK_SECONDS = 1.0
 """While a download runs the host hears of it at least so often."""
 _PROGRESS = re.compile(r"(metadata|rootfs)[^:]*: (\d+)%")
-
-
-class FromServer(NamedTuple):
-    """An image on a simplestreams server."""
-
-    server: str
-    alias: str
-
-
-class FromFiles(NamedTuple):
-    """An image in two files of the VM."""
-
-    rootfs_path: str
-    metadata_path: str
 
 
 class Create(Operation):
@@ -200,7 +186,9 @@ class Create(Operation):
                     "server": source.server,
                     "alias": source.alias,
                 }
-                | await asyncio.to_thread(_certificate, self.session, source)
+                | await asyncio.to_thread(
+                    certificate, source, self.session.settings.image_certificate
+                )
             )
         ending = asyncio.ensure_future(operation.wait())
         try:
@@ -306,71 +294,6 @@ class Create(Operation):
                 raise
             return await self.session.lxd.in_thread(_fingerprint, source)
         return str(state["metadata"]["fingerprint"])
-
-
-def image_server(url: str, *, lsb_release: str = "/etc/lsb-release") -> str:
-    """The URL of an image server with the image's milestone in the place of %d, if it has one."""
-    if "%d" not in url:
-        return url
-    try:
-        with open(lsb_release, encoding="utf-8", errors="replace") as file:
-            lines = file.read().splitlines()
-    except OSError:
-        return url
-    for line in lines:
-        key, _, value = line.partition("=")
-        if key.strip() == "CHROMEOS_RELEASE_CHROME_MILESTONE" and value.strip():
-            return url.replace("%d", value.strip())
-    return url
-
-
-def image_source(request: pb.CreateContainerRequest) -> FromServer | FromFiles:
-    """Where the image of a request comes from."""
-    if request.rootfs_path or request.metadata_path:
-        return FromFiles(request.rootfs_path, request.metadata_path)
-    return FromServer(image_server(request.image_server), request.image_alias)
-
-
-def source_problem(source: FromServer | FromFiles) -> str:
-    """Why a container cannot be made from that source, or ""; blocks."""
-    if isinstance(source, FromFiles):
-        return files_problem(source)
-    if not source.server or not source.alias:
-        return "it takes image_server and image_alias, or rootfs_path and metadata_path"
-    if not source.server.startswith(("http://", "https://")):
-        return "the URL of the image server begins with neither http:// nor https://"
-    return ""
-
-
-def files_problem(source: FromFiles) -> str:
-    """Why a container cannot be made from these files, or ""."""
-    for path in source:
-        if not os.path.isabs(path):
-            return f"{path or 'one of the paths'} is not an absolute path"
-        try:
-            with open(path, "rb"):
-                pass
-        except OSError as error:
-            return f"cannot read {path}: {error.strerror}"
-    return ""
-
-
-def _certificate(session: Session, source: FromServer) -> dict[str, str]:
-    # LXD then trusts this certificate, or what it has signed, and nothing else.
-    path = session.settings.image_certificate
-    if path is None or not source.server.startswith("https://"):
-        return {}
-    try:
-        with open(path, encoding="ascii") as file:
-            text = file.read()
-    except (OSError, UnicodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not PEM"
-        raise OperationError(f"cannot read the image servers' certificate {path}: {why}") from None
-    if "-----BEGIN CERTIFICATE-----" not in text:
-        raise OperationError(
-            f"cannot use the image servers' certificate {path}: it is not a PEM certificate"
-        )
-    return {"certificate": text}
 
 
 def _post_image(session: Session, source: FromFiles) -> dict[str, Any]:

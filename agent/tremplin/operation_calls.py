@@ -9,8 +9,9 @@ import asyncio
 from agent.pb import tremplin_pb2 as pb
 from agent.pb.tremplin_pb2_grpc import TremplinServicer
 from agent.tremplin import markers
-from agent.tremplin.create import Create, image_source, source_problem
+from agent.tremplin.create import Create
 from agent.tremplin.export import Export, export_problem
+from agent.tremplin.image_source import image_source, source_problem
 from agent.tremplin.imports import Import, import_problem
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.names import name_problem
