@@ -34,6 +34,8 @@ _VM_CALLS = 300
 _VM_BYTES = 8 << 20
 _ECHO_PORT = 5555
 _BARE_PORT = 5556
+_STALL_SECONDS = 30.0
+_STALLS_MAX = 5
 
 _OURS = "maitred"
 _BARE = "bare grpc.aio server"
@@ -77,9 +79,12 @@ server.bind((socket.VMADDR_CID_ANY, {_ECHO_PORT}))
 server.listen()
 while True:
     peer, _ = server.accept()
-    while data := peer.recv(65536):
-        peer.sendall(data)
-    peer.close()
+    with peer:
+        try:
+            while data := peer.recv(65536):
+                peer.sendall(data)
+        except OSError:
+            pass
 """
 
 
@@ -252,10 +257,13 @@ async def _through(session: shell.Session, size: int) -> float:
 
     started = time.perf_counter()
     feeding = asyncio.create_task(feed())
-    async for _item in session.output():
-        pass
-    await feeding
-    await session.close()
+    try:
+        async for _item in session.output():
+            pass
+        await feeding
+    finally:
+        feeding.cancel()
+        await session.close()
     return size / (time.perf_counter() - started) / 1e6
 
 
@@ -324,20 +332,38 @@ async def _vm_null_call(vm: EmulatedVm) -> Figure:
 
 
 async def _vm_shell(vm: EmulatedVm) -> Figure:
-    request = vsh_pb2.SetupConnectionRequest(target="vm", argv=["cat"], nopty=True)
-    session = await shell.open_session(await vm.vsock.connect(shell.PORT), request)
-    ours = await _through(session, _VM_BYTES)
+    async def through_shell() -> float:
+        request = vsh_pb2.SetupConnectionRequest(target="vm", argv=["cat"], nopty=True)
+        session = await shell.open_session(await vm.vsock.connect(shell.PORT), request)
+        return await _through(session, _VM_BYTES)
 
-    reader, writer = await _connection(vm, _ECHO_PORT)
-
-    async def feed() -> None:
+    async def through_echo() -> float:
+        reader, writer = await _connection(vm, _ECHO_PORT)
+        started = time.perf_counter()
         writer.write(bytes(_VM_BYTES))
-        await writer.drain()
+        try:
+            await reader.readexactly(_VM_BYTES)
+        finally:
+            writer.close()
+        return _VM_BYTES / (time.perf_counter() - started) / 1e6
 
-    started = time.perf_counter()
-    feeding = asyncio.create_task(feed())
-    await reader.readexactly(_VM_BYTES)
-    await feeding
-    theirs = _VM_BYTES / (time.perf_counter() - started) / 1e6
-    writer.close()
-    return Figure("shell over vsock, emulated VM", {_OURS: ours, _ECHOED: theirs}, "MB/s")
+    turns = [(await _unstalled(through_shell), await _unstalled(through_echo)) for _ in range(3)]
+    values: dict[str, float | None] = {
+        _OURS: statistics.median(ours for ours, _ in turns),
+        _ECHOED: statistics.median(theirs for _, theirs in turns),
+    }
+    return Figure("shell over vsock, emulated VM", values, "MB/s")
+
+
+async def _unstalled(measure: Callable[[], Awaitable[float]]) -> float:
+    """The result of measure. vhost-device-vsock now and then loses the credit of a connection that
+    is full in both directions (rust-vmm/vhost-device, issue 494), which then stands still whoever
+    serves it: such a measurement is repeated, and said.
+    """
+    for _ in range(_STALLS_MAX):
+        try:
+            async with asyncio.timeout(_STALL_SECONDS):
+                return await measure()
+        except TimeoutError:
+            print("a connection through vhost-device-vsock stood still: repeated", file=sys.stderr)
+    raise TimeoutError("every connection through vhost-device-vsock stood still")
