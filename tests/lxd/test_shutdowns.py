@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,6 +16,10 @@ if TYPE_CHECKING:
 
     from tests.lxd.host import Tremplin
     from tests.lxd.machine import Machine
+
+_LONG = pytest.mark.skipif(
+    os.environ.get("TERMINA_LONG") != "1", reason="half a minute; TERMINA_LONG=1"
+)
 
 
 @pytest.fixture
@@ -95,6 +101,20 @@ def test_stop_that_is_ignored(running: Tremplin) -> None:
     running.call("StopContainer", container_name="life")
     stopped = running.host.wait_for("UpdateStopStatus", container="life", after=before)
     assert stopped.message.status == pb.ContainerStopProgress.STOPPED
+
+
+@_LONG
+def test_stop_with_a_deadline(running: Tremplin) -> None:
+    """An init that does not end what it should has 30 s; then it is stopped by force."""
+    machine = running.machine
+    machine.run("kill", "-STOP", _init_pid(machine))
+    before = len(running.host.reports)
+    began = time.monotonic()
+    running.call("StopContainer", container_name="life")
+    stopped = running.host.wait_for("UpdateStopStatus", container="life", after=before)
+    assert stopped.message.status == pb.ContainerStopProgress.STOPPED
+    assert 29 < stopped.at - began < 45
+    assert machine.containers() == {"life": "Stopped"}
 
 
 def test_start_races(tremplin: Tremplin) -> None:
