@@ -356,9 +356,9 @@ async def _vm_shell(vm: EmulatedVm) -> Figure:
 
 
 async def _unstalled(measure: Callable[[], Awaitable[float]]) -> float:
-    """The result of measure. vhost-device-vsock now and then loses the credit of a connection that
-    is full in both directions (rust-vmm/vhost-device, issue 494), which then stands still whoever
-    serves it: such a measurement is repeated, and said.
+    """The result of measure. Over vhost-device-vsock a connection that is full in both directions
+    now and then stands still for good, whoever serves it (compare rust-vmm/vhost-device, issue
+    494): such a measurement is repeated, and said.
     """
     for _ in range(_STALLS_MAX):
         try:
