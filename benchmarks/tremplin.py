@@ -263,7 +263,9 @@ def _many(machine: Machine, tremplin: Tremplin, idle: float) -> Iterator[Figure]
         return action
 
     def all_lxc(command: str) -> Callable[[], object]:
-        many = f"for n in $(seq 0 {_MANY - 1}); do {command} >/dev/null </dev/null & done; wait"
+        # Of so many at once a run of lxc now and then waits for ever for an event that it missed.
+        one = f"timeout 60 {command} >/dev/null </dev/null"
+        many = f"for n in $(seq 0 {_MANY - 1}); do {one} & done; wait"
         return lambda: machine.run("sh", "-c", many, seconds=300)
 
     created = _timed(
