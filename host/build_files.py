@@ -21,6 +21,8 @@ class GuestImage:
     command_line: str
     vsock_daemon: Path
     """vhost-device-vsock; needed only on machines without /dev/vhost-vsock, and may be absent."""
+    qemu: Path
+    """A folder with a newer QEMU than the machine's, and its firmware; may be absent."""
 
     @classmethod
     def in_directory(cls, directory: Path) -> Self:
@@ -37,6 +39,7 @@ class GuestImage:
             rootfs=paths["rootfs"],
             command_line=command_line.read_text().strip(),
             vsock_daemon=directory / "vhost-device-vsock",
+            qemu=directory / "qemu",
         )
 
 

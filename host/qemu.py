@@ -60,9 +60,15 @@ class Machine:
     """Further arguments of QEMU."""
 
 
-def find_qemu() -> str:
-    """QEMU's path. Raises HostError."""
-    return find_program(_QEMU, hint="install qemu-system-x86")
+def find_qemu(image: GuestImage) -> list[str]:
+    """The QEMU that `make image` fetched, with where its firmware is, or else the machine's.
+
+    Raises HostError.
+    """
+    fetched = image.qemu.resolve() / _QEMU
+    if fetched.is_file():
+        return [str(fetched), "-L", str(fetched.parent)]
+    return [find_program(_QEMU, hint="install qemu-system-x86")]
 
 
 def _option(value: Path | str) -> str:
@@ -91,7 +97,7 @@ def command(
     accelerator_options = "tcg,thread=multi" if accelerator == "tcg" else "kvm"
     words = " ".join([image.command_line, *machine.words])
     arguments = [
-        find_qemu(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        *find_qemu(image), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-M", "q35,memory-backend=memory,vmport=off,usb=off",
         "-accel", accelerator_options,
@@ -143,7 +149,7 @@ async def choose_accelerator(image: GuestImage, *, cache: Path) -> Literal["kvm"
     question = json.dumps(
         [
             Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            [_identity(Path(path)) for path in (image.kernel, find_qemu(), _KVM)],
+            [_identity(Path(path)) for path in (image.kernel, find_qemu(image)[0], _KVM)],
         ]
     )
     try:
@@ -172,7 +178,8 @@ async def _boots_under_kvm(image: GuestImage) -> bool:
         output = Path(directory) / "console"
         child = await spawn(
             [
-                find_qemu(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+                *find_qemu(image),
+                "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                 "-M", "q35", "-accel", "kvm", "-cpu", "host", "-m", "256M",
                 "-kernel", str(image.kernel), "-append", "console=ttyS0 panic=-1",
                 "-serial", f"file:{_option(output)}",

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from image import container, guest, initrd, simplestreams, vsock_device
+from image import container, guest, initrd, qemu, simplestreams, vsock_device
 from image.apt import DPKG_OPTIONS, Apt, Mirrors, bootstrap
 from image.build import (
     ROOT,
@@ -24,6 +24,7 @@ from image.build import (
     locked,
     package_list,
     publish,
+    publish_folder,
     recipe,
     say,
     stage,
@@ -85,7 +86,7 @@ def _cache_folder() -> Path:
 
 
 def build_guest(cache: Cache) -> None:
-    """Writes kernel, initrd, root filesystem, command line and the vsock device."""
+    """Writes kernel, initrd, root filesystem, command line, the vsock device and QEMU."""
     flavour = os.environ.get("KERNEL") or "cloud"
     if flavour not in PACKAGES:
         raise BuildError(f"KERNEL is {flavour!r}, not one of {', '.join(PACKAGES)}")
@@ -113,6 +114,7 @@ def build_guest(cache: Cache) -> None:
                 guest.write_rootfs(work / "rootfs.img", work, base=layers.base)
             publish(layers.kernel.folder / "vmlinux", output / "vmlinux")
             publish(layers.vsock_device, output / "vhost-device-vsock")
+            publish_folder(layers.qemu, output / "qemu")
             publish(work / "initrd.img", output / "initrd.img")
             publish(work / "rootfs.img", output / "rootfs.img")
             write_text(output / "cmdline", guest.COMMAND_LINE + "\n")
@@ -153,6 +155,17 @@ class _Layers:
         self.vsock_device = self._cache.layer(
             "vsock-device", key, _timed("vhost-device-vsock", vsock_device.fetch)
         )
+        self.qemu = self._newer_qemu()
+
+    def _newer_qemu(self) -> Path | None:
+        # Nothing depends on it but speed.
+        try:
+            if not qemu.is_wanted():
+                return None
+            return self._cache.layer("qemu", digest(HERE / "qemu.py"), _timed("QEMU", qemu.fetch))
+        except BuildError as error:
+            say(f"image: VMs run with this machine's QEMU: {error}")
+            return None
 
     def _kernel(self, target: Path, work: Path) -> None:
         apt = Apt(Mirrors.of_this_machine(), "bookworm", work / "apt")

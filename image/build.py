@@ -215,6 +215,19 @@ def publish(source: Path, target: Path) -> None:
     aside.replace(target)
 
 
+def publish_folder(source: Path | None, target: Path) -> None:
+    """Copies a folder of files to its final place, or removes what is there when there is none."""
+    aside = target.with_name(f".{target.name}.new")
+    remove(aside)
+    if source is not None:
+        run(["cp", "-a", "--reflink=auto", source, aside])
+        for path in [aside, *aside.iterdir()]:
+            give_back(path)
+    remove(target)
+    if source is not None:
+        aside.rename(target)
+
+
 def give_back(path: Path) -> None:
     """Gives a file to the user who called sudo, if it was sudo."""
     if os.environ.get("SUDO_UID", "").isdigit() and os.geteuid() == 0:

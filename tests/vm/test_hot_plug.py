@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import grpc
+import grpc.aio
 import pytest
 
 from agent.pb import vm_guest_pb2
 from host.build_files import GuestImage
 from host.commands import run_in_guest
 from host.disks import DataDisk
+from host.flows import network_order
 from host.image_server import ImageServer
 from host.qemu import Machine
 from tests.vm.vms import boot, new_vm
@@ -21,14 +24,24 @@ pytestmark = pytest.mark.timeout(400)
 def test_nic_and_disk_plugged_in_later(
     runner: asyncio.Runner, image: GuestImage, image_server: ImageServer, tmp_path: Path
 ) -> None:
-    """A NIC and a disk get their names, and the disk can be used, without a restart."""
-    machine = Machine(spare_slots=2)
+    """A NIC and a disk get their names and can be used, without a restart."""
+    machine = Machine(spare_slots=2, words=("maitred.interface=eth1",))
+    network = vm_guest_pb2.NetworkConfigRequest(
+        ipv4_config=vm_guest_pb2.IPv4Config(
+            address=network_order("100.64.1.1"),
+            gateway=network_order("100.64.1.2"),
+            netmask=network_order("255.255.255.252"),
+        )
+    )
 
     async def scene() -> None:
         with DataDisk(tmp_path / "more.img").open(size=64 << 20) as more:
             async with new_vm(image, tmp_path, image_server, machine=machine) as test_vm:
                 vm = test_vm.vm
                 await boot(vm)
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await vm.maitred.ConfigureNetwork(network, timeout=20)
+                assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
                 async with vm.monitor() as monitor:
                     await monitor.run("netdev_add", type="user", id="net1", restrict=True)
                     await monitor.run(
@@ -52,6 +65,10 @@ def test_nic_and_disk_plugged_in_later(
                 )
                 appeared = await run_in_guest(vm, ["/bin/sh", "-c", wait])
                 assert appeared.code == 0, appeared.output
+                await vm.maitred.ConfigureNetwork(network, timeout=20)
+                routes = await run_in_guest(vm, ["ip", "-4", "route", "show", "dev", "eth1"])
+                assert "default via 100.64.1.2" in routes.output
+                assert "src 100.64.1.1" in routes.output
                 made = await run_in_guest(vm, ["mkfs.ext4", "-q", "/dev/vde"])
                 assert made.code == 0, made.errors
                 mounted = await vm.maitred.Mount(
