@@ -258,5 +258,8 @@ def program(module: str, words: Sequence[str]) -> list[str]:
 
     words: its options.
     """
+    if sys.flags.isolated and sys.flags.no_site:
+        start = __file__.removesuffix("options.py") + "start.py"
+        return [sys.executable, "-IS", start, module, *words]
     isolated = ["-I"] if sys.flags.isolated else []
     return [sys.executable, *isolated, "-m", module, *words]

@@ -32,7 +32,7 @@ _Progress = tremplin_pb2.ContainerCreationProgress
 async def _kill(test_vm: TestVm, program: str, *, delay: float = 0.0) -> None:
     """Kill -9 by a shell in the guest, some seconds after it was launched."""
     # The brackets keep the shell's own command line from matching.
-    script = f"sleep {delay}; pkill -KILL -f -- '-m agent[.]{program}'"
+    script = f"sleep {delay}; pkill -KILL -f -- 'start.py agent[.]{program}'"
     launch = vm_guest_pb2.LaunchProcessRequest(argv=["/bin/sh", "-c", script])
     with contextlib.suppress(grpc.aio.AioRpcError):  # maitred may be dead before it answers
         await test_vm.vm.maitred.LaunchProcess(launch, timeout=20, wait_for_ready=True)
