@@ -8,10 +8,37 @@ import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import Any
+
     from host.console import Console
 
 _SIGNS = ("soft lockup", "detected stalls", "hard LOCKUP")
 """What Linux says of a processor that does not get on (lockup-watchdogs.rst, stallwarn.rst)."""
+
+
+class BootHangsError(Exception):
+    """The guest's kernel does not get on; str(): how that shows."""
+
+
+async def unless_hung(
+    ready: Coroutine[Any, Any, object], console: Console, *, start: int, seconds: float
+) -> None:
+    """Returns when ready does.
+
+    console, start, seconds: see hang(). Raises BootHangsError when a boot hangs before.
+    """
+    waiting = asyncio.ensure_future(ready)
+    looking = asyncio.ensure_future(hang(console, start=start, seconds=seconds))
+    try:
+        await asyncio.wait([waiting, looking], return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise BootHangsError(looking.result())
+        waiting.result()
+    finally:
+        for task in (waiting, looking):
+            task.cancel()
+        await asyncio.gather(waiting, looking, return_exceptions=True)
 
 
 async def hang(console: Console, *, start: int, seconds: float) -> str:

@@ -28,7 +28,8 @@ PORT = 9001
 _LENGTH = struct.Struct("<I")
 _MESSAGE_MAX = 4096
 _DATA_MAX = 4000  # leaves room for the fields around it
-_AT_ONCE = 16 * _DATA_MAX
+_AT_ONCE = 16
+"""Messages in a write: each write costs as much as several messages."""
 _OPEN_SECONDS = 20.0
 _SIGNALS = {
     signal.SIGHUP: vsh_pb2.SIGNAL_HUP,
@@ -70,10 +71,9 @@ class Session:
 
     async def send_input(self, data: bytes) -> None:
         """Bytes for the program's stdin, none for its end; returns when there is room for more."""
-        for start in range(0, len(data) or 1, _AT_ONCE):
-            end = min(start + _AT_ONCE, len(data) or 1)
-            pieces = [data[at : min(at + _DATA_MAX, end)] for at in range(start, end, _DATA_MAX)]
-            self._send(*(_input(piece) for piece in pieces))
+        pieces = [data[at : at + _DATA_MAX] for at in range(0, len(data), _DATA_MAX)] or [b""]
+        for start in range(0, len(pieces), _AT_ONCE):
+            self._send(*map(_input, pieces[start : start + _AT_ONCE]))
             with contextlib.suppress(ConnectionError):  # the reading side tells
                 await self._writer.drain()
 

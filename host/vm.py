@@ -19,7 +19,7 @@ import grpc.aio
 
 from agent.pb import common_pb2, tremplin_pb2_grpc, vm_guest_pb2_grpc
 from host import paths, qemu
-from host.boot_hang import hang
+from host.boot_hang import BootHangsError, unless_hung
 from host.children import Child, spawn
 from host.console import Console
 from host.errors import HostError, VmDiedError
@@ -64,10 +64,6 @@ _CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
-
-
-class _BootHangsError(Exception):
-    """The guest's kernel does not get on; str(): how that shows."""
 
 
 class Vm:
@@ -324,34 +320,19 @@ class Vm:
         Raises HostError, VmDiedError.
         """
         for boots_left in reversed(range(_BOOTS if self.accelerator == "tcg" else 1)):
+            ready = self.recorder.wait_for("VmReady", since=self.boot_events)
+            if boots_left:
+                start = self._boot_starts_at
+                ready = unless_hung(ready, self.console, start=start, seconds=silence)
             try:
-                await self.alive(
-                    self._ready_or_hung(silence if boots_left else None),
-                    timeout=timeout,
-                    what="boot the VM",
-                )
+                await self.alive(ready, timeout=timeout, what="boot the VM")
                 break
-            except _BootHangsError as error:
+            except BootHangsError as error:
                 last = "".join(self.console.last_lines(1)) or "nothing"
                 self.tell(f"the emulated kernel hangs: {error}; last: {last!r}; booting again")
                 await self.kill()
                 await self.boot()
         return time.monotonic() - self.booted_at
-
-    async def _ready_or_hung(self, silence: float | None) -> None:
-        ready = asyncio.ensure_future(self.recorder.wait_for("VmReady", since=self.boot_events))
-        tasks: list[asyncio.Future[Any]] = [ready]
-        if silence is not None:
-            looking = hang(self.console, start=self._boot_starts_at, seconds=silence)
-            tasks.append(asyncio.ensure_future(looking))
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not ready.done():
-                raise _BootHangsError(tasks[-1].result())
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def shut_down(self, *, timeout: float = SHUTDOWN_SECONDS) -> bool:
         """Asks the guest to power off and waits until it has; kills it if it does not.

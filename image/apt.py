@@ -48,11 +48,11 @@ class Mirrors:
         return cls(main[0], security[0] if security else None)
 
     def sources(self, suite: str) -> str:
-        """A source list, one line per archive, for a suite; releases have a security one."""
+        """A source list, one line per archive, for a suite; a release has a security one."""
         key = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
         signed = f" [signed-by={key}]" if key.exists() else ""
         lines = [f"deb{signed} {self.main} {suite} main"]
-        if self.security is not None and suite != "sid" and not suite.endswith("-backports"):
+        if self.security is not None and suite == GUEST_SUITE:
             lines.append(f"deb{signed} {self.security} {suite}-security main")
         return "\n".join(lines) + "\n"
 

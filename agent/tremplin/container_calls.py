@@ -64,9 +64,7 @@ class ContainerCalls(TremplinServicer):
             lxd = self._session.lxd
             user = await lxd.in_thread(read_primary_user, lxd.socket_path, name)
         except (LxdError, OSError) as error:
-            return statuses(
-                status=statuses.FAILED, failure_reason=cannot(what, name, one_line(error))
-            )
+            return statuses(status=statuses.FAILED, failure_reason=cannot(what, name, error))
         if user is None:
             return statuses(
                 status=statuses.USER_NOT_FOUND,
@@ -130,9 +128,7 @@ class ContainerCalls(TremplinServicer):
         try:
             return await container_info(self._session, name)
         except LxdError as error:
-            return statuses(
-                status=statuses.FAILED, failure_reason=cannot("look at", name, one_line(error))
-            )
+            return statuses(status=statuses.FAILED, failure_reason=cannot("look at", name, error))
 
     async def SetTimezone(
         self,
@@ -204,16 +200,14 @@ class ContainerCalls(TremplinServicer):
         statuses = pb.AttachUsbToContainerResponse
         what = f"attach the USB device at port {request.port_num} to"
         try:
-            if name_problem(name) or await self._session.instance(name) is None:
+            if await self._is_missing(name):
                 return statuses(
                     status=statuses.NO_SUCH_CONTAINER,
                     failure_reason=cannot(what, name, "there is no such container"),
                 )
             await attach_usb(self._session, name, request.port_num)
         except (DeviceError, LxdError) as error:
-            return statuses(
-                status=statuses.FAILED, failure_reason=cannot(what, name, one_line(error))
-            )
+            return statuses(status=statuses.FAILED, failure_reason=cannot(what, name, error))
         return statuses(status=statuses.OK)
 
     async def DetachUsbFromContainer(
@@ -236,6 +230,9 @@ class ContainerCalls(TremplinServicer):
             )
         return statuses(status=statuses.OK)
 
+    async def _is_missing(self, name: str) -> bool:
+        return bool(name_problem(name)) or await self._session.instance(name) is None
+
     async def UpdateContainerDevices(
         self,
         request: pb.UpdateContainerDevicesRequest,
@@ -249,14 +246,12 @@ class ContainerCalls(TremplinServicer):
         statuses = pb.UpdateContainerDevicesResponse
         what = "update the devices of"
         try:
-            if name_problem(name) or await self._session.instance(name) is None:
+            if await self._is_missing(name):
                 return statuses(
                     status=statuses.NO_SUCH_CONTAINER,
                     failure_reason=cannot(what, name, "there is no such container"),
                 )
             results = await update_devices(self._session, name, dict(request.updates))
         except LxdError as error:
-            return statuses(
-                status=statuses.FAILED, failure_reason=cannot(what, name, one_line(error))
-            )
+            return statuses(status=statuses.FAILED, failure_reason=cannot(what, name, error))
         return statuses(status=statuses.OK, results=results)

@@ -191,6 +191,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def cannot(verb: str, container: str, why: str) -> str:
+def cannot(verb: str, container: str, why: str | BaseException) -> str:
     """Why something cannot be done with a container, as it is reported."""
-    return f"cannot {verb} container {container}: {why}"
+    reason = why if isinstance(why, str) else one_line(why)
+    return f"cannot {verb} container {container}: {reason}"

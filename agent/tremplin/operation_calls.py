@@ -57,7 +57,7 @@ class OperationCalls(TremplinServicer):
             if instance is not None and await self._is_whole(instance):
                 return pb.CreateContainerResponse(status=pb.CreateContainerResponse.EXISTS)
         except LxdError as error:
-            return _create_failed(name, one_line(error))
+            return _create_failed(name, error)
         self._begin(Create, request, context).name_is_free = instance is None
         return pb.CreateContainerResponse(status=pb.CreateContainerResponse.CREATING)
 
@@ -82,9 +82,7 @@ class OperationCalls(TremplinServicer):
         try:
             there = self._session.operation(Create, name) or await self._session.instance(name)
         except LxdError as error:
-            return statuses(
-                status=statuses.FAILED, failure_reason=cannot("delete", name, one_line(error))
-            )
+            return statuses(status=statuses.FAILED, failure_reason=cannot("delete", name, error))
         if not there:
             return statuses(status=statuses.DOES_NOT_EXIST)
         self._begin(Delete, request, context)
@@ -155,9 +153,7 @@ class OperationCalls(TremplinServicer):
         try:
             instance = await self._session.instance(name)
         except LxdError as error:
-            return statuses(
-                status=statuses.FAILED, failure_reason=cannot("stop", name, one_line(error))
-            )
+            return statuses(status=statuses.FAILED, failure_reason=cannot("stop", name, error))
         if instance is None:
             return statuses(status=statuses.DOES_NOT_EXIST)
         if instance["status"] == "Stopped" and not self._session.operation(Start, name):
@@ -254,7 +250,7 @@ class OperationCalls(TremplinServicer):
         return begun
 
 
-def _create_failed(container: str, why: str) -> pb.CreateContainerResponse:
+def _create_failed(container: str, why: str | BaseException) -> pb.CreateContainerResponse:
     return pb.CreateContainerResponse(
         status=pb.CreateContainerResponse.FAILED, failure_reason=cannot("create", container, why)
     )
