@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _PENDING, _RUNNING, _SUCCESS, _FAILURE, _CANCELLED = 105, 103, 200, 400, 401
+_ENDS = {_SUCCESS, _FAILURE, _CANCELLED}
 _ABORT_SECONDS = 300.0
 """What LXD has to end an operation that cannot be cancelled: an image being unpacked."""
 _PENDING_SECONDS = 2.0
@@ -126,13 +127,18 @@ class LxdOperations:
         self._unclaimed: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def on_event(self, state: dict[str, Any]) -> None:
-        """Takes an event of type operation; state: its metadata."""
+        """Takes an event of type operation; state: its metadata.
+
+        LXD sends each event from a thread of its own: the end may come before what led to it.
+        """
         identity = state["id"]
         operation = self._followed.get(identity)
         if operation is not None:
             self._update(operation, state)
             return
-        self._unclaimed[identity] = state
+        known = self._unclaimed.get(identity)
+        if known is None or known["status_code"] not in _ENDS:
+            self._unclaimed[identity] = state
         self._unclaimed.move_to_end(identity)
         while len(self._unclaimed) > _REMEMBERED:
             self._unclaimed.popitem(last=False)
