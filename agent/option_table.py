@@ -118,6 +118,12 @@ TREMPLIN = (
         "seconds without a byte until a download is given up",
     ),
     Option(
+        "tremplin.start_heartbeat",
+        _seconds,
+        "30",
+        "seconds between the reports of a container that is still starting",
+    ),
+    Option(
         "tremplin.image_certificate",
         parse_path,
         None,

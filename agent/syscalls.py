@@ -1,6 +1,6 @@
 """The Linux system calls that Python has no function for, through ctypes: thin, one function each,
-raising OSError with the errno. Shared by PID 1 (mounting, power-off) and maitred (Mount). Not for
-prctl(2), which has its own library.
+raising OSError with the errno. Shared by PID 1 (mounting, power-off), maitred (Mount) and tremplin.
+Not for prctl(2), which has its own library.
 """
 
 from __future__ import annotations
@@ -103,6 +103,14 @@ def sethostname(name: str) -> None:
     """Sets the host name of this UTS namespace. Raises OSError."""
     encoded = os.fsencode(name)
     _check(_libc.sethostname(encoded, ctypes.c_size_t(len(encoded))))
+
+
+def setns(descriptor: int) -> None:
+    """Moves the calling thread into the namespace of an open file of /proc/PID/ns.
+
+    Raises OSError.
+    """
+    _check(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(0)))
 
 
 def swapoff(path: str) -> None:

@@ -10,7 +10,12 @@ from agent.tremplin.lxd_client import LxdError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TypeVar
+
     from agent.tremplin.lxd_client import LxdClient
+
+    T = TypeVar("T")
 
 
 class Inits:
@@ -28,6 +33,17 @@ class Inits:
 
         paths: relative to /proc/PID, see proc(5).
         """
+        return await self._of(container, lambda init: [_read(init, path) for path in paths])
+
+    async def network(self, container: str) -> int | None:
+        """The container's network namespace, an open file for the caller to close; None when it
+        does not run, or LXD does not say.
+        """
+        return await self._of(
+            container, lambda init: os.open("ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=init)
+        )
+
+    async def _of(self, container: str, function: Callable[[int], T]) -> T | None:
         # The init of a container that restarted has another pid.
         for _ in range(2):
             if container not in self._directories:
@@ -46,7 +62,7 @@ class Inits:
                 else:
                     self._directories[container] = directory
             try:
-                return [_read(self._directories[container], path) for path in paths]
+                return function(self._directories[container])
             except OSError:
                 self.forget(container)
         return None

@@ -37,6 +37,8 @@ class Lifecycle:
         self._session = session
         self.up: set[str] = set()
         """The containers that run."""
+        self.changed = asyncio.Event()
+        """Set whenever one comes up or goes down."""
         self._checks: dict[str, asyncio.Task[None]] = {}
 
     async def catch_up(self) -> None:
@@ -46,6 +48,7 @@ class Lifecycle:
         for name in self.up - up:
             self._is_down(name)
         self.up = {name for name in up if not is_reserved(name)}
+        self.changed.set()
 
     def on_event(self, event: dict[str, Any]) -> None:
         """Takes an event of type lifecycle; event: its metadata."""
@@ -61,6 +64,7 @@ class Lifecycle:
                     # It was down all the same, and somebody started it at once.
                     self._is_down(name)
             self.up.add(name)
+            self.changed.set()
         elif action in _DOWN and name in self.up and name not in self._checks:
             if action == "instance-shutdown" and not event.get("requestor"):
                 # A reboot from inside looks at first like a power-off from inside.
@@ -97,6 +101,7 @@ class Lifecycle:
             check.cancel()
         with contextlib.suppress(KeyError):
             self.up.remove(name)
+        self.changed.set()
         _log.info("container %s is down", name)
         self._session.reporter.report(
             "ContainerShutdown", pb.ContainerShutdownInfo(container_name=name), container=name

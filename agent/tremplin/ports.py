@@ -1,15 +1,19 @@
 """UpdateListeningPorts: what listens on TCP in each container, told whenever it has changed.
 
-One file of /proc for each running container says it all; no process is looked at.
-Source: proc(5), /proc/PID/net/tcp.
+The kernel tells nobody that a socket begins to listen, so it has to be looked at: at once when a
+container has come up or gone down, soon after something has changed, then less and less often,
+and not at all while no container runs.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import os
 
 from agent.pb import tremplin_pb2 as pb
+from agent.tremplin.listeners import listening_ports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,9 +21,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_LISTENING = "0A"
-_ANY_IPV6 = "0" * 32
-_SECONDS = 2.0
+_SECONDS = (1.0, 4.0)
+"""From one look to the next: after a change, and the longest."""
+_SLOWER = 1.5
 
 
 class ListeningPorts:
@@ -28,26 +32,28 @@ class ListeningPorts:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._told: dict[str, list[int]] = {}
+        self._problem = ""
         self.kind = self
         """What the reports are about, so that a newer one takes the place of one not yet sent."""
 
     async def run(self) -> None:
         """Watches until cancelled."""
+        lifecycle = self._session.lifecycle
+        delay = _SECONDS[0]
         while True:
-            await self._look()
-            await asyncio.sleep(_SECONDS)
+            lifecycle.changed.clear()
+            if await self._look():
+                delay = _SECONDS[0]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay if lifecycle.up else None):
+                    await lifecycle.changed.wait()
+            delay = _SECONDS[0] if lifecycle.changed.is_set() else min(_SLOWER * delay, _SECONDS[1])
 
-    async def _look(self) -> None:
-        up = set(self._session.lifecycle.up)
-        for name in set(self._session.inits.known()) - up:
-            self._session.inits.forget(name)
-        now = {}
-        for name in sorted(up):
-            ports = await self._ports(name)
-            if ports:
-                now[name] = ports
-        if now == self._told:
-            return
+    async def _look(self) -> bool:
+        # Whether something has changed.
+        now = await self._ports()
+        if now is None or now == self._told:
+            return False
         self._told = now
         info = pb.ListeningPortInfo.ContainerPortInfo
         self._session.reporter.report(
@@ -61,25 +67,31 @@ class ListeningPorts:
             kind=self.kind,
             final=False,
         )
+        return True
 
-    async def _ports(self, name: str) -> list[int]:
-        found = await self._session.inits.read(name, "net/tcp", "net/tcp6")
-        return [] if found is None else listening_ports(*found)
-
-
-def listening_ports(tcp: str, tcp6: str) -> list[int]:
-    """The TCP ports that IPv4 clients can connect to, in order; tcp, tcp6: of /proc/PID/net."""
-    # A socket on :: takes IPv4 too, unless it was told not to.
-    return sorted({*parse_ports(tcp), *parse_ports(tcp6, address=_ANY_IPV6)})
-
-
-def parse_ports(table: str, *, address: str | None = None) -> list[int]:
-    """The ports in the state LISTEN of /proc/net/tcp; address: only those on it, in its form."""
-    ports = []
-    for line in table.splitlines()[1:]:
-        fields = line.split()
-        if len(fields) > 3 and fields[3] == _LISTENING:
-            local, _, port = fields[1].partition(":")
-            if address in {None, local}:
-                ports.append(int(port, 16))
-    return ports
+    async def _ports(self) -> dict[str, list[int]] | None:
+        # None when the kernel does not say.
+        inits = self._session.inits
+        up = set(self._session.lifecycle.up)
+        for name in set(inits.known()) - up:
+            inits.forget(name)
+        networks: dict[str, int] = {}
+        try:
+            for name in sorted(up):
+                network = await inits.network(name)
+                if network is not None:
+                    networks[name] = network
+        except BaseException:
+            for network in networks.values():
+                os.close(network)
+            raise
+        if not networks:
+            return {}
+        try:
+            # Not to be left in the middle: the thread closes them.
+            return await asyncio.shield(asyncio.to_thread(listening_ports, networks))
+        except OSError as error:
+            if self._problem != str(error):
+                self._problem = str(error)
+                _log.warning("cannot see what listens in the containers: %s", error)
+            return None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 from typing import NamedTuple
 
+from agent.syscalls import syncfs
 from agent.tremplin.inits import Inits
 from agent.tremplin.journal import Journal
 from agent.tremplin.lifecycle import Lifecycle
@@ -37,6 +37,8 @@ class Settings(NamedTuple):
     run_dir: str
     download_timeout: float
     """Seconds without a byte until a download is given up."""
+    start_heartbeat: float
+    """Seconds between two reports of a container that is still starting."""
     image_certificate: str | None
     """File with the one certificate that https image servers are verified against; None: LXD's."""
 
@@ -52,6 +54,7 @@ class Settings(NamedTuple):
             resolv_conf=options["tremplin.resolv_conf"],
             run_dir=options["tremplin.run_dir"],
             download_timeout=options["tremplin.download_timeout"],
+            start_heartbeat=options["tremplin.start_heartbeat"],
             image_certificate=options["tremplin.image_certificate"],
         )
 
@@ -98,7 +101,11 @@ class Session:
 
         Raises OSError.
         """
-        sync_filesystem(self.settings.lxd_dir)
+        descriptor = os.open(self.settings.lxd_dir, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            syncfs(descriptor)
+        finally:
+            os.close(descriptor)
 
     async def ended(self, method: str, container: str) -> None:
         """Returns when no operation begun by that RPC is under way on a container."""
@@ -114,15 +121,3 @@ class Session:
             return None
         assert isinstance(found, dict)
         return found
-
-
-def sync_filesystem(path: str) -> None:
-    """syncfs(2) of the filesystem that path is on. Raises OSError."""
-    library = ctypes.CDLL(None, use_errno=True)
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if library.syncfs(descriptor) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-    finally:
-        os.close(descriptor)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 2.0
 """A start that is over by then is answered STARTED."""
-_HEARTBEAT_SECONDS = 30.0
-"""The newer host takes STARTING for a failure, so it is sent only while a start is really long."""
 _BUSY_SECONDS = 60.0
 """How long a stop that LXD still has in hand may hold up the start."""
 _POLL_SECONDS = 0.1
@@ -92,8 +90,9 @@ class Start(Operation):
         )
 
     async def _heartbeat(self) -> None:
+        # The newer host takes STARTING for a failure: only while a start is really long.
         while True:
-            await asyncio.sleep(_HEARTBEAT_SECONDS)
+            await asyncio.sleep(self.session.settings.start_heartbeat)
             self._report(pb.ContainerStartProgress.STARTING)
 
     async def _prepare(self) -> bool:
