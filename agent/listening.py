@@ -11,6 +11,10 @@ import stat
 
 from agent.options import Address, UnixAddress, VsockAddress
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 BACKLOG = 1024
 """Connections that wait to be accepted; the next one is refused, listen(2)."""
 
@@ -31,16 +35,22 @@ def inherited() -> dict[Address, int]:
     process that this one starts.
     """
     count = os.environ.pop(VARIABLE, "")
+    if not (count.isascii() and count.isdigit()):
+        return {}
+    return by_address(range(FIRST_FD, FIRST_FD + int(count[:4])))
+
+
+def by_address(descriptors: Iterable[int]) -> dict[Address, int]:
+    """Those of the descriptors that are listening sockets; they become close-on-exec."""
     found: dict[Address, int] = {}
-    if count.isascii() and count.isdigit():
-        for fd in range(FIRST_FD, FIRST_FD + int(count[:4])):
-            try:
-                address = _listens_on(fd)
-            except OSError:  # closed, or no socket
-                continue
-            if address is not None:
-                os.set_inheritable(fd, False)
-                found[address] = fd
+    for fd in descriptors:
+        try:
+            address = _listens_on(fd)
+        except OSError:  # closed, or no socket
+            continue
+        if address is not None:
+            os.set_inheritable(fd, False)
+            found[address] = fd
     return found
 
 

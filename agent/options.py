@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 
 from agent.console import write_line
+from agent.prepared import guest_command
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -259,7 +260,6 @@ def program(module: str, words: Sequence[str]) -> list[str]:
     words: its options.
     """
     if sys.flags.isolated and sys.flags.no_site:
-        start = __file__.removesuffix("options.py") + "start.py"
-        return [sys.executable, "-IS", start, module, *words]
+        return [*guest_command(module), *words]
     isolated = ["-I"] if sys.flags.isolated else []
     return [sys.executable, *isolated, "-m", module, *words]

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import sys
 
-from agent.listening import inherited
+from agent import prepared
+from agent.listening import by_address, inherited
 from agent.option_table import ALL
 from agent.options import from_arguments
 
@@ -23,14 +24,26 @@ _SUMMARY = "Serves Maitred, the guest's side of a VM."
 
 def main(words: Sequence[str]) -> int:
     """The exit code: 0 after SIGTERM, 1 when it could not serve, 2 for a bad option."""
-    sockets = inherited()
+    if list(words) == [prepared.OPTION]:
+        _import_the_rest()
+        told = prepared.wait()
+        if told is None:
+            return 0
+        words, sockets = told[0], by_address(told[1])
+    else:
+        sockets = inherited()
     options = from_arguments(words, ALL, module="agent.maitred", name="maitred", summary=_SUMMARY)
     if isinstance(options, int):
         return options
-    _import_asyncio()
+    _import_the_rest()
     from agent.maitred.daemon import run
 
     return run(options, sockets)
+
+
+def _import_the_rest() -> None:
+    _import_asyncio()
+    import agent.maitred.daemon  # noqa: F401  # for its effect
 
 
 def _import_asyncio() -> None:

@@ -17,12 +17,14 @@ from agent.options import (
     parse,
     program,
 )
+from agent.process_supervisor import STATE_VARIABLE
 from agent.process_supervisor.spawn import Stdio
 from agent.process_supervisor.supervisor import Supervisor, maitred_spec
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.options import Options
+    from agent.prepared import Prepared
     from agent.process_supervisor.protocol import ProcessSpec
 
 _SUMMARY = """\
@@ -35,12 +37,12 @@ _TRY_AGAIN = 5.0
 """Seconds until a program that fails to start after an upgrade is executed again."""
 
 
-def main(words: list[str]) -> int:
+def main(words: list[str], maitred: Prepared | None = None) -> int:
     """Runs PID 1; the exit code, when there is no machine to power off.
 
-    words: the arguments.
+    words: the arguments. maitred: its first run, if it was started already.
     """
-    handed_over = os.environ.pop("PROCESS_SUPERVISOR_STATE", "")
+    handed_over = os.environ.pop(STATE_VARIABLE, "")
     if handed_over.isdigit():
         return _go_on(words, int(handed_over))
     options = from_arguments(
@@ -49,7 +51,7 @@ def main(words: list[str]) -> int:
     if isinstance(options, int):
         return options
     if options["maitred.setup"]:
-        return _run_machine(words, None)
+        return _run_machine(words, None, maitred)
     return _run_guest_of_machine(options, None)
 
 
@@ -75,10 +77,11 @@ def _go_on(words: list[str], state: int) -> int:
         raise
 
 
-def _run_machine(words: list[str], state: int | None) -> int:
+def _run_machine(words: list[str], state: int | None, maitred: Prepared | None = None) -> int:
     """As the PID 1 of a VM: sets it up, and powers it off in the end.
 
     state: the memfd of the PID 1 before an upgrade; the machine is set up then.
+    maitred: see main().
     """
     from agent.process_supervisor import machine
 
@@ -110,14 +113,15 @@ def _run_machine(words: list[str], state: int | None) -> int:
         descendants_only=False,
         vsock=_listens_on_vsock(options),
         finish=finish,
+        maitred=maitred,
     )
-    maitred = maitred_spec(_maitred_argv(options), _maitred_listen(options))
+    spec = maitred_spec(_maitred_argv(options), _maitred_listen(options))
     ports = _vsock_ports(options)
     if state is not None:
-        _take_over(supervisor, state, maitred, ports)
+        _take_over(supervisor, state, spec, ports)
     machine.step("open the control socket", supervisor.listen)
     supervisor.reserve(ports)
-    supervisor.launch_maitred(maitred)
+    supervisor.launch_maitred(spec)
 
     def afterwards() -> None:
         import agent.process_supervisor.power_off  # noqa: F401  # see load_the_rest

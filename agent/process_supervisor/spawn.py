@@ -34,15 +34,15 @@ class Stdio:
     """
 
     def __init__(self, console: str | None) -> None:
-        self._console = console
+        self.console = console
 
     def actions(self, spec: ProcessSpec, writer: int | None) -> list[tuple[Any, ...]]:
         """The file actions of posix_spawn for a process.
 
         writer: where its output goes when it has no console; None for nowhere.
         """
-        if spec.console and self._console:
-            return _from(self._console, os.O_NOCTTY)
+        if spec.console and self.console:
+            return _from(self.console, os.O_NOCTTY)
         if spec.console:
             writer = 2
         if writer is None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
+    from agent.prepared import Prepared
     from agent.process_supervisor.output import Pipe
     from agent.process_supervisor.shutdown import Shutdown
     from agent.process_supervisor.table import Process
@@ -61,7 +62,7 @@ class Supervisor:
     run_dir: where the control socket is. stdio: what processes get. log: path of syslog's socket,
     for what they print; cgroups: the cgroup below which they get their own; None for neither.
     descendants_only: signal nothing else at shutdown. vsock: see Listeners. finish: told who had
-    to be killed when all processes are gone.
+    to be killed when all processes are gone. maitred: its first run, which was started already.
     """
 
     def __init__(
@@ -74,7 +75,9 @@ class Supervisor:
         descendants_only: bool,
         vsock: bool,
         finish: Callable[[list[str]], None],
+        maitred: Prepared | None = None,
     ) -> None:
+        self._prepared_maitred = maitred
         self.socket_path = socket_path(run_dir)
         self._stdio = stdio
         self._cgroups = cgroups
@@ -287,7 +290,9 @@ class Supervisor:
         try:
             actions = self._stdio.actions(spec, writer)
             listening = self.listeners.descriptors(process.key, spec.listen)
-            pid = spawn(spec, actions, self._cgroup(process), listening)
+            pid = self._go_on(process, listening) or spawn(
+                spec, actions, self._cgroup(process), listening
+            )
         except BaseException:
             if reader is not None:
                 os.close(reader)
@@ -306,6 +311,16 @@ class Supervisor:
                 logged=spec.stop_stage != "last",
             )
         return pid
+
+    def _go_on(self, process: Process, listening: list[int]) -> int | None:
+        """The pid of the one that waits to become this process, if it now does."""
+        prepared = self._prepared_maitred
+        if prepared is None or process.key != MAITRED:
+            return None
+        self._prepared_maitred = None
+        spec = process.spec
+        goes_on = prepared.become(spec.argv, spec.env, self._stdio.console, listening)
+        return prepared.pid if goes_on else None
 
     def _cgroup(self, process: Process) -> str:
         name = "".join(letter if letter.isalnum() else "_" for letter in process.key)

@@ -10,6 +10,7 @@ import os
 import sys
 
 from agent.console import write_line
+from agent.process_supervisor import STATE_VARIABLE
 from agent.process_supervisor.lean import dumps, signal
 from agent.process_supervisor.output import RING
 from agent.process_supervisor.protocol import ProcessSpec, ProtocolError
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from agent.process_supervisor.control import Connection
     from agent.process_supervisor.supervisor import Supervisor
     from agent.process_supervisor.table import Process
-
-VARIABLE = "PROCESS_SUPERVISOR_STATE"
-"""The environment variable with the number of the memfd."""
 
 FORMAT = 3
 
@@ -116,7 +114,7 @@ def _execute(supervisor: Supervisor) -> None:
 
 def execute_with(state: int) -> None:
     """Executes this program anew with a state; does not return, unless by OSError."""
-    env = {**os.environ, VARIABLE: str(state)}
+    env = {**os.environ, STATE_VARIABLE: str(state)}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], env)
 
 

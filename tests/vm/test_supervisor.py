@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,12 @@ def test_pid_1_in_the_vm(
             ]
             assert "maitred" in {row["key"] for row in rows}
             assert "running (respawn)" in await guest("termina-ctl", "list")
+            (maitred,) = (row for row in rows if row["key"] == "maitred")
+            # Its first run was started before PID 1 itself was there.
+            command = await guest("cat", f"/proc/{maitred['pid']}/cmdline")
+            assert command.split("\0")[-2:] == ["--prepared", ""]
+            limits = await guest("cat", f"/proc/{maitred['pid']}/limits")
+            assert re.search(r"Max open files\s+1048576\s+1048576", limits)
 
             limited = await guest("python3", "-I", "-c", _LIMITED)
             assert limited.startswith(
