@@ -91,7 +91,7 @@ def _disk(path: str) -> Iterator[str]:
 
 def _operations(session: Session) -> Iterator[str]:
     for operation in session.running:
-        yield f"{operation.verb} container {operation.container}: under way"
+        yield f"{operation.verb} {operation.subject}: under way"
 
 
 def _tail(path: str) -> list[str]:

@@ -9,12 +9,15 @@ and one without it that was there before LXD was started in this boot is removed
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import glob
 import json
 import logging
 import os
+import re
+from asyncio.subprocess import DEVNULL
 
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.power_cut import images_are_checked, images_are_in_doubt
@@ -31,6 +34,7 @@ _log = logging.getLogger(__name__)
 FILE_IMPORT = "tremplin-import"
 """The property of images that came from files."""
 _ON_DISK = "tremplin-on-disk"
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 
 async def remove_imported_images(session: Session, fingerprint: str | None = None) -> None:
@@ -56,6 +60,7 @@ async def remove_doubtful_images(session: Session) -> None:
         await session.lxd.in_thread(drop_torn_indexes, session.settings.lxd_dir)
         for fingerprint in await _remove_downloads(session):
             _log.warning("image %.12s may be incomplete after a power cut; removed", fingerprint)
+        await _remove_unknown_volumes(session)
         images_are_checked(run_dir)
 
 
@@ -78,9 +83,10 @@ async def remove_unused_images(session: Session) -> None:
     """Removes images that LXD downloaded and of which no container was made so far.
 
     After a failed creation, when no other runs: the image may be what there is no room for.
-    Raises LxdError.
+    Raises LxdError, OSError.
     """
     await _remove_downloads(session)
+    await _remove_unknown_volumes(session)
 
 
 async def keep_image_of(session: Session, container: str) -> None:
@@ -123,6 +129,31 @@ async def _remove_downloads(session: Session) -> list[str]:
         return bool(image["cached"] or image.get("update_source")) or not whole(image)
 
     return await _remove_images(session, goes)
+
+
+async def _remove_unknown_volumes(session: Session) -> None:
+    # LXD writes down that it has unpacked an image when it has: of one that was killed meanwhile
+    # something stays in the pool that no LXD removes before the same image is unpacked again.
+    directory = f"{session.settings.lxd_dir}/storage-pools/default/images"
+    # In this order: an image is known before it is unpacked.
+    there = set(await session.lxd.in_thread(_fingerprints_in, directory))
+    known = {path.rpartition("/")[2] for path in await session.lxd.get("images")}
+    for fingerprint in there - known:
+        process = await asyncio.create_subprocess_exec(
+            "btrfs", "subvolume", "delete", f"{directory}/{fingerprint}",
+            stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL,
+        )  # fmt: skip
+        if await process.wait() == 0:
+            _log.info("removed what was left of image %.12s", fingerprint)
+        else:
+            _log.warning("cannot remove what was left of image %.12s", fingerprint)
+
+
+def _fingerprints_in(directory: str) -> list[str]:
+    try:
+        return [name for name in os.listdir(directory) if _FINGERPRINT.fullmatch(name)]
+    except FileNotFoundError:
+        return []
 
 
 def _files_are_whole(lxd_dir: str, image: dict[str, Any]) -> bool:

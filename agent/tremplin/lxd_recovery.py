@@ -14,6 +14,7 @@ import shutil
 from agent.process_supervisor.client import AsyncClient, SupervisorError
 from agent.tremplin.lxd_client import LxdClient, LxdError
 from agent.tremplin.lxd_setup import btrfs_source
+from agent.tremplin.operation import OperationError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,14 +29,10 @@ _CRASHES = 4
 """An LXD that ended so often before it answered once cannot start."""
 
 
-class RecoveryError(Exception):
-    """LXD's database cannot be reset; str() says why."""
-
-
 async def reset_database(session: Session) -> None:
     """Stops LXD, takes its database away, starts it, and has it find the containers again.
 
-    Raises RecoveryError, LxdError. Without PID 1 of ours LXD is not ours to stop.
+    Raises OperationError, LxdError. Without PID 1 of ours LXD is not ours to stop.
     """
     try:
         async with await AsyncClient.connect(session.settings.run_dir) as client:
@@ -44,15 +41,23 @@ async def reset_database(session: Session) -> None:
             await asyncio.to_thread(_put_database_aside, session.settings.lxd_dir)
             await client.start("lxd")
     except SupervisorError as error:
-        raise RecoveryError(str(error)) from None
+        raise OperationError(str(error)) from None
     except OSError as error:
-        raise RecoveryError(f"cannot put the database aside: {error}") from None
+        raise OperationError(f"cannot put the database aside: {error}") from None
     try:
         async with asyncio.timeout(_UP_SECONDS):
             await session.lxd_is_up.wait()
     except TimeoutError:
-        raise RecoveryError("LXD does not start with a new database either") from None
+        raise OperationError("LXD does not start with a new database either") from None
     await find_containers(session)
+
+
+def database_identity(session: Session) -> int:
+    """A number that another database of LXD's will not have, 0 for none; blocks."""
+    try:
+        return os.stat(f"{session.settings.lxd_dir}/database").st_ino
+    except FileNotFoundError:
+        return 0
 
 
 async def cannot_start(session: Session) -> bool:

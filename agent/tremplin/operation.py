@@ -1,5 +1,5 @@
-"""One long operation on a container: what all of them share. LXD's own operations, which ours are
-made of, are in lxd_operations.py.
+"""One long operation, on a container or LXD itself: what all of them share. LXD's own operations,
+which ours are made of, are in lxd_operations.py.
 
     waiting ──► running ──► done | failed | cancelled | timed out
 
@@ -55,7 +55,7 @@ class Operation(ABC):
     """One long operation, from the call that starts it to its final report."""
 
     verb: str
-    """What is done, for "cannot VERB container NAME: why"."""
+    """What is done, for "cannot VERB SUBJECT: why"."""
     method: str
     """The RPC that asks for it."""
 
@@ -63,7 +63,9 @@ class Operation(ABC):
         """request: of the RPC."""
         self.session = session
         self.request = request
-        self.container: str = request.container_name
+        self.container: str = getattr(request, "container_name", "")
+        """Its name, "" for LXD itself."""
+        self.subject = f"container {self.container}" if self.container else "LXD"
         self.notes: dict[str, Any] = {}
         """What it needs to know if it is carried on by another tremplin; see note()."""
         self.resumed = False
@@ -133,9 +135,10 @@ class Operation(ABC):
     async def _run(self) -> None:
         outcome, reason = await self._outcome()
         if outcome is not Outcome.DONE:
-            reason = cannot(self.verb, self.container, reason)
+            reason = f"cannot {self.verb} {self.subject}: {reason}"
             _log.warning("%s", reason)
-            await self._undo()
+            if type(self).clean_up is not Operation.clean_up:
+                await self._undo()
         self.outcome = outcome
         self.reason = reason
         self.session.running.discard(self)
@@ -149,10 +152,10 @@ class Operation(ABC):
                 await self.session.lxd_is_up.wait()
             await self.clean_up()
         except (LxdError, OSError) as error:  # a TimeoutError is an OSError
-            _log.warning("cannot clean up after container %s yet: %s", self.container, error)
+            _log.warning("cannot clean up after %s yet: %s", self.subject, error)
             self.session.in_background(self._undo_later())
         except Exception:  # noqa: BLE001  an operation always ends in a report
-            _log.exception("cannot clean up after container %s", self.container)
+            _log.exception("cannot clean up after %s", self.subject)
 
     async def _undo_later(self) -> None:
         # On a full disk LXD cannot even write down that it removes something.
@@ -165,7 +168,7 @@ class Operation(ABC):
                     return  # what came after it has dealt with what it left
                 await self.session.lxd.in_thread(self.session.flush)
                 await self.clean_up()
-        _log.info("cleaned up after container %s", self.container)
+        _log.info("cleaned up after %s", self.subject)
 
     async def _outcome(self) -> tuple[Outcome, str]:
         try:
@@ -181,7 +184,7 @@ class Operation(ABC):
         except (LxdError, OperationError, OSError) as error:
             return Outcome.FAILED, one_line(error)
         except Exception as error:  # noqa: BLE001  an operation always ends in a report
-            _log.exception("cannot %s container %s", self.verb, self.container)
+            _log.exception("cannot %s %s", self.verb, self.subject)
             return Outcome.FAILED, one_line(error)
         return Outcome.DONE, ""
 

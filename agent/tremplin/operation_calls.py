@@ -1,4 +1,4 @@
-"""The RPCs that begin, join or cancel a long operation on a container: each one checks what it was
+"""The RPCs that begin, join or cancel a long operation: each one checks what it was
 given, hands it on to the operation, and says how it stands.
 """
 
@@ -19,6 +19,7 @@ from agent.tremplin.operation import Operation, Outcome, cannot, one_line
 from agent.tremplin.os_release import read_os_release
 from agent.tremplin.remove import Delete
 from agent.tremplin.start import ANSWER_SECONDS, Start
+from agent.tremplin.start_lxd import StartLxd
 from agent.tremplin.stop import Stop
 
 TYPE_CHECKING = False
@@ -33,10 +34,31 @@ if TYPE_CHECKING:
 
 
 class OperationCalls(TremplinServicer):
-    """Create, delete, start, stop, export, import."""
+    """Start of LXD; create, delete, start, stop, export, import."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
+
+    async def StartLxd(
+        self,
+        request: pb.StartLxdRequest,
+        context: grpc.aio.ServicerContext[pb.StartLxdRequest, pb.StartLxdResponse],
+    ) -> pb.StartLxdResponse:
+        """LXD is up before the host hears of us; it may have died, or need a new database."""
+        statuses = pb.StartLxdResponse
+        reset = request.reset_lxd_db
+        under_way = self._session.operation(StartLxd, "")
+        if under_way is not None and (under_way.request.reset_lxd_db or not reset):
+            return statuses(status=statuses.STARTING)
+        if reset and self._session.running:
+            return statuses(
+                status=statuses.FAILED,
+                failure_reason="cannot reset the database of LXD: something else is going on",
+            )
+        if not reset and self._session.lxd_is_up.is_set():
+            return statuses(status=statuses.ALREADY_RUNNING)
+        self._begin(StartLxd, request, context)
+        return statuses(status=statuses.STARTING)
 
     async def CreateContainer(
         self,
@@ -237,10 +259,10 @@ class OperationCalls(TremplinServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> OperationT:
         # Another call may have begun it while this one asked LXD something.
-        operation = self._session.operation(kind, request.container_name)
+        begun = kind(self._session, request)
+        operation = self._session.operation(kind, begun.container)
         if operation is not None:
             return operation
-        begun = kind(self._session, request)
 
         def answered(_: object) -> None:
             begun.answered.set()

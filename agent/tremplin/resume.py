@@ -10,6 +10,7 @@ from agent.tremplin.export import Export
 from agent.tremplin.imports import Import
 from agent.tremplin.remove import Delete
 from agent.tremplin.start import Start
+from agent.tremplin.start_lxd import StartLxd
 from agent.tremplin.stop import Stop
 
 TYPE_CHECKING = False
@@ -30,11 +31,12 @@ def resume(session: Session) -> None:
         Export.method: (Export, pb.ExportContainerRequest),
         Import.method: (Import, pb.ImportContainerRequest),
         Start.method: (Start, pb.StartContainerRequest),
+        StartLxd.method: (StartLxd, pb.StartLxdRequest),
         Stop.method: (Stop, pb.StopContainerRequest),
     }
     for method, request, notes in session.journal.left_over():
         if method in kinds:
             operation, message = kinds[method]
             begun = operation(session, message.FromString(request))
-            _log.info("carrying on to %s container %s", begun.verb, begun.container)
+            _log.info("carrying on to %s %s", begun.verb, begun.subject)
             begun.resume(notes)

@@ -17,13 +17,9 @@ from agent.tremplin.images import remove_imported_images
 from agent.tremplin.imports import put_right
 from agent.tremplin.lxd_client import LxdClient, LxdError
 from agent.tremplin.lxd_events import EventStream
-from agent.tremplin.lxd_recovery import (
-    RecoveryError,
-    cannot_start,
-    find_containers,
-    reset_database,
-)
+from agent.tremplin.lxd_recovery import cannot_start, find_containers, reset_database
 from agent.tremplin.lxd_setup import set_up_lxd
+from agent.tremplin.operation import OperationError
 from agent.tremplin.ports import ListeningPorts
 from agent.tremplin.reporter import Reporter
 from agent.tremplin.resume import resume
@@ -188,7 +184,7 @@ async def _recover(session: Session) -> None:
     )
     try:
         await reset_database(session)
-    except (LxdError, RecoveryError) as error:
+    except (LxdError, OperationError) as error:
         _log.error("cannot reset LXD's database: %s", error)
 
 

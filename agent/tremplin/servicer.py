@@ -7,7 +7,6 @@ Failures go into the status and the failure_reason, with gRPC's own status OK.
 from __future__ import annotations
 
 from agent.tremplin.container_calls import ContainerCalls
-from agent.tremplin.lxd_calls import LxdCalls
 from agent.tremplin.operation_calls import OperationCalls
 
 TYPE_CHECKING = False
@@ -15,9 +14,9 @@ if TYPE_CHECKING:
     from agent.tremplin.session import Session
 
 
-class Servicer(LxdCalls, OperationCalls, ContainerCalls):
+class Servicer(OperationCalls, ContainerCalls):
     """Tremplin, for one session."""
 
     def __init__(self, session: Session) -> None:
-        for calls in (LxdCalls, OperationCalls, ContainerCalls):
+        for calls in (OperationCalls, ContainerCalls):
             calls.__init__(self, session)

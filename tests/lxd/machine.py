@@ -115,6 +115,7 @@ class Machine:
     def kill(self, child: subprocess.Popen[str], number: signal.Signals) -> None:
         """Sends a signal to a process that was spawned inside, and returns when it has ended."""
         os.kill(self.inner_pid(child), number)
+        child.send_signal(signal.SIGCONT)  # see lxd_held()
         child.wait(_SECONDS)
 
     def start_lxd(self) -> None:
@@ -136,6 +137,20 @@ class Machine:
         """Ends LXD; containers go on."""
         assert self._lxd is not None
         self.kill(self._lxd, number)
+
+    @contextlib.contextmanager
+    def lxd_held(self) -> Iterator[None]:
+        """LXD stands still; it may be killed meanwhile."""
+        assert self._lxd is not None
+        entered = self._lxd
+        os.kill(self.inner_pid(entered), signal.SIGSTOP)
+        try:
+            # nsenter(1) does as its child does, and would stay like that.
+            state = Path(f"/proc/{entered.pid}/stat")
+            wait_until(lambda: state.read_text().split()[2] == "T", "the halt of nsenter")
+            yield
+        finally:
+            entered.send_signal(signal.SIGCONT)
 
     @property
     def api(self) -> Any:

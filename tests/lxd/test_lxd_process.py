@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import grpc
 import pytest
 
 from agent.pb import tremplin_pb2 as pb
@@ -155,6 +156,34 @@ def test_reset_database(supervised: _SupervisedTremplin) -> None:
     for status in (LXD.RECOVERING, LXD.STARTED):
         supervised.host.wait_for("UpdateStartLxdStatus", status=status, after=before)
     _works(supervised)
+
+
+def test_tremplin_killed_while_resetting(supervised: _SupervisedTremplin) -> None:
+    """The next tremplin carries on, and the host is told once that LXD is up."""
+    before = len(supervised.host.reports)
+    answer = supervised.call("StartLxd", reset_lxd_db=True)
+    assert answer.status == pb.StartLxdResponse.STARTING
+    supervised.host.wait_for("UpdateStartLxdStatus", status=LXD.RECOVERING, after=before)
+    again = supervised.call("StartLxd")
+    assert again.status == pb.StartLxdResponse.STARTING
+    with supervised.supervisor() as client:
+        client.signal("tremplin", "SIGKILL")
+    supervised.host.wait_for(
+        "UpdateStartLxdStatus", not_status=LXD.RECOVERING, after=before, seconds=120
+    )
+    wait_until(lambda: _answer_to_start(supervised), "tremplin")
+    told = [r.message for r in supervised.host.reports[before:] if hasattr(r.message, "status")]
+    ends = [message.status for message in told if message.status != LXD.RECOVERING]
+    assert ends == [LXD.STARTED]
+    _works(supervised)
+
+
+def _answer_to_start(supervised: _SupervisedTremplin) -> bool:
+    try:
+        answer = supervised.call("StartLxd")
+    except grpc.RpcError:
+        return False
+    return bool(answer.status == pb.StartLxdResponse.ALREADY_RUNNING)
 
 
 def test_damaged_database(supervised: _SupervisedTremplin) -> None:
