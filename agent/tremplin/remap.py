@@ -11,6 +11,7 @@ under the other one it is being made or removed.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _COPY = "tremplin-remap"
-_UNSAFE_COPY = "tremplin-remap-unsafe"
 _DISK, _NEXT = "volatile.last_state.idmap", "volatile.idmap.next"
 
 
@@ -51,26 +51,26 @@ def is_torn(session: Session, container: str, config: dict[str, str]) -> bool:
     return not _map(config, _DISK) and owner != 0 and owner in roots
 
 
-async def has_copy(session: Session, container: str) -> bool:
-    """Whether there is a copy from before a shift. Raises LxdError."""
-    paths = await session.lxd.get("instances", container, "snapshots")
-    return any(path.rpartition("/")[2] == _COPY for path in paths)
-
-
-async def keep_copy(session: Session, container: str) -> None:
-    """Copies a container that is stopped. Raises LxdError, OSError."""
-    await _remove(session, container, _UNSAFE_COPY)
-    run = session.lxd_operations.run
-    body = {"name": _UNSAFE_COPY, "stateful": False}
-    await run("post", "instances", container, "snapshots", json=body)
+async def keep_copy(session: Session, container: str, config: dict[str, str]) -> None:
+    """Copies a container that is stopped; config: its own. Raises LxdError, OSError."""
+    await session.lxd.in_thread(_forget, _note(session, container))
+    await _remove(session, container)
+    body = {"name": _COPY, "stateful": False}
+    await session.lxd_operations.run("post", "instances", container, "snapshots", json=body)
     await session.lxd.in_thread(session.flush)
-    await _rename(session, container, _UNSAFE_COPY, _COPY)
+    await _count(session, container, _map(config, _DISK))
+
+
+def has_copy(session: Session, container: str) -> bool:
+    """Whether there is a copy that counts; blocks. Raises OSError."""
+    return os.path.exists(_note(session, container))
 
 
 async def swap_back(session: Session, container: str) -> bool:
-    """Makes a stopped container what the copy holds, its settings too. Raises LxdError.
+    """Makes a stopped container what the copy holds, its settings too, if that is better.
 
-    Whether that was done: one that runs has come through its shift, and has to be let_go().
+    Whether that was done. It is not done when the container has come through its shift: one that
+    runs, or of which LXD knows so. Raises LxdError, OSError.
     """
     # A tremplin that was killed may have left a start to LXD.
     for operation in await session.lxd_operations.under_way(lambda name: name == container):
@@ -79,24 +79,37 @@ async def swap_back(session: Session, container: str) -> bool:
     instance = await session.instance(container)
     if instance is None or instance["status"] != "Stopped":
         return False
+    note = await session.lxd.in_thread(_read, _note(session, container))
+    # LXD notes the new ids when all files have them. Which of the two are on the disk after a power
+    # cut nobody knows.
+    if note.get("boot") == _boot() and note.get("ids") != _map(instance["config"], _DISK):
+        return False
+    if not await session.lxd.exists("instances", container, "snapshots", _COPY):
+        return False
     await session.lxd_operations.run("put", "instances", container, json={"restore": _COPY})
+    await _count(session, container, note.get("ids"))
     _log.info("container %s is as it was before its ids were to be shifted", container)
     return True
 
 
 async def let_go(session: Session, container: str) -> None:
-    """Removes the copy of a container that has started; what was shifted goes to the disk first."""
+    """Removes the copy of a container that needs it no more; what it is now goes to the disk first.
+
+    What cannot be done now is done later, unless another start has taken over.
+    """
+    starting = session.latest.get(container)
 
     async def attempt() -> None:
+        latest = session.latest.get(container)
+        if latest is not starting and latest is not None and latest.method == "StartContainer":
+            return
         await session.lxd.in_thread(session.flush)
-        with contextlib.suppress(LxdNotFoundError):
-            await _rename(session, container, _COPY, _UNSAFE_COPY)
-        await _remove(session, container, _UNSAFE_COPY)
+        await session.lxd.in_thread(_forget, _note(session, container))
+        await _remove(session, container)
 
     try:
         await attempt()
     except (LxdError, OSError) as error:
-        # With what the container does from now on a copy must not be mistaken for the last state.
         _log.warning("cannot remove the copy of container %s yet: %s", container, error)
         session.in_background(_repeat(attempt))
 
@@ -107,14 +120,79 @@ async def _repeat(attempt: Any) -> None:
     await tenacity.AsyncRetrying(wait=delays, retry=again)(attempt)
 
 
-async def _rename(session: Session, container: str, old: str, new: str) -> None:
-    path = ("instances", container, "snapshots", old)
-    await session.lxd_operations.run("post", *path, json={"name": new})
+async def tidy(session: Session) -> None:
+    """Removes copies that a tremplin that was killed has left, of containers that run or that it
+    had only begun to copy. Raises LxdError, OSError.
+    """
+    for container in await session.lxd.in_thread(_copied, session.settings.lxd_dir):
+        if container in session.latest:
+            continue
+        instance = await session.instance(container)
+        note = await session.lxd.in_thread(_read, _note(session, container))
+        if instance is None:
+            await session.lxd.in_thread(_forget, _note(session, container))
+        elif not note or (note.get("boot") == _boot() and instance["status"] != "Stopped"):
+            await let_go(session, container)
 
 
-async def _remove(session: Session, container: str, copy: str) -> None:
+def _copied(lxd_dir: str) -> set[str]:
+    snapshots = f"{glob.escape(lxd_dir)}/storage-pools/default/containers-snapshots/*/{_COPY}"
+    notes = f"{glob.escape(lxd_dir)}/{_COPY}/*"
+    return {path.split("/")[-2] for path in glob.glob(snapshots)} | {
+        os.path.basename(path) for path in glob.glob(notes)
+    }
+
+
+async def _count(session: Session, container: str, ids: Any) -> None:
+    # From here on the copy counts. ids: those that the files have, as LXD notes them.
+    note = json.dumps({"boot": _boot(), "ids": ids})
+    await session.lxd.in_thread(_write, _note(session, container), note)
+
+
+async def _remove(session: Session, container: str) -> None:
     with contextlib.suppress(LxdNotFoundError):
-        await session.lxd_operations.run("delete", "instances", container, "snapshots", copy)
+        await session.lxd_operations.run("delete", "instances", container, "snapshots", _COPY)
+
+
+def _note(session: Session, container: str) -> str:
+    return f"{session.settings.lxd_dir}/{_COPY}/{container}"
+
+
+def _boot() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="ascii") as file:
+            found = json.load(file)
+    except (FileNotFoundError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync_directory(os.path.dirname(path))
+
+
+def _forget(path: str) -> None:
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    _sync_directory(os.path.dirname(path))
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _map(config: dict[str, str], key: str) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import grpc.aio
 from agent.grpc_endpoint import HostChannel, listen, prepare_run_dir
 from agent.pb import tremplin_pb2 as pb
 from agent.pb.tremplin_pb2_grpc import add_TremplinServicer_to_server
-from agent.tremplin import lxd_process
+from agent.tremplin import lxd_process, remap
 from agent.tremplin.images import remove_imported_images
 from agent.tremplin.imports import put_right
 from agent.tremplin.lxd_client import LxdClient, LxdError
@@ -193,8 +193,9 @@ async def _tidy(session: Session) -> None:
         await remove_imported_images(session)
         if not session.import_lock.locked():
             await put_right(session)
-    except LxdError as error:
-        _log.warning("cannot remove left-over images: %s", error)
+        await remap.tidy(session)
+    except (LxdError, OSError) as error:
+        _log.warning("cannot remove what an earlier tremplin left: %s", error)
 
 
 async def _stop_containers(session: Session) -> None:

@@ -66,8 +66,9 @@ class Start(Operation):
 
     async def clean_up(self) -> None:
         """See Operation."""
-        if self.remapping and await remap.has_copy(self.session, self.container):
+        if self.remapping and await asyncio.to_thread(remap.has_copy, self.session, self.container):
             await remap.swap_back(self.session, self.container)
+            await remap.let_go(self.session, self.container)
 
     def report_end(self, outcome: Outcome, reason: str) -> None:
         """See Operation."""
@@ -101,12 +102,13 @@ class Start(Operation):
             instance, set_up, has_copy = await asyncio.gather(
                 self.session.lxd.get("instances", self.container),
                 markers.is_set_up(self.session.lxd, self.container),
-                remap.has_copy(self.session, self.container),
+                self.session.lxd.in_thread(remap.has_copy, self.session, self.container),
             )
             if has_copy:
-                self.remapping = True
-                if await remap.swap_back(self.session, self.container):
-                    instance = await self.session.lxd.get("instances", self.container)
+                self.remapping = await remap.swap_back(self.session, self.container)
+                if not self.remapping:
+                    await remap.let_go(self.session, self.container)
+                instance = await self.session.lxd.get("instances", self.container)
         except LxdNotFoundError:
             raise OperationError("there is no such container") from None
         token_file = token_path(self.session.settings.token_dir, self.container)
@@ -129,13 +131,16 @@ class Start(Operation):
             instance = await self.session.lxd.get("instances", self.container)
         if instance["status"] == "Stopped" and remap.is_needed(instance["config"]):
             await self._before_remap(instance["config"], set_up=set_up)
+        elif self.remapping:
+            await remap.let_go(self.session, self.container)
+            self.remapping = False
         return set_up
 
     async def _before_remap(self, config: dict[str, str], *, set_up: bool) -> None:
         if set_up:
             if not self.remapping:
                 self.remapping = True
-                await remap.keep_copy(self.session, self.container)
+                await remap.keep_copy(self.session, self.container, config)
         elif await asyncio.to_thread(remap.is_torn, self.session, self.container, config):
             raise OperationError("its first start was cut short: it has to be created again")
 

@@ -39,6 +39,30 @@ def wait_until(condition: Callable[[], Any], what: str, *, seconds: float = _SEC
         time.sleep(0.02)
 
 
+class Gate:
+    """Holds up the start of a container where LXD has done all but to run it."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._directory = Path(machine.run("mktemp", "-d", "/run/gate-XXXXXX").strip())
+        self._outside = Path(f"/proc/{machine.init_pid}/root{self._directory}")
+        self.script = self._directory / "hook"
+        hook = self._outside / "hook"
+        # LXD takes commands for liblxc's hooks as they are: one script, no arguments.
+        hook.write_text(
+            f"#!/bin/sh\ncd {self._directory}\n>reached\n"
+            "while [ ! -e opened ]; do sleep 0.05; done\n"
+        )
+        hook.chmod(0o755)
+
+    def reached(self) -> bool:
+        """Whether the start has come as far as the gate."""
+        return (self._outside / "reached").exists()
+
+    def open(self) -> None:
+        """Lets the container start, now and in future."""
+        (self._outside / "opened").touch()
+
+
 class Machine:
     """Namespaces with a data disk, torn down with everything in them by close()."""
 
@@ -151,6 +175,16 @@ class Machine:
             yield
         finally:
             entered.send_signal(signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def gate(self, container: str) -> Iterator[Gate]:
+        """The next start of a container, which is stopped, goes on when the gate is opened."""
+        gate = Gate(self)
+        self.run("lxc", "config", "set", container, f"raw.lxc=lxc.hook.pre-start = {gate.script}")
+        try:
+            yield gate
+        finally:
+            gate.open()
 
     @property
     def api(self) -> Any:

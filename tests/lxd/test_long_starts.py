@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _ANSWER = pb.StartContainerResponse
 _PROGRESS = pb.ContainerStartProgress
-_GATE = "/run/gate"
 
 
 @pytest.fixture(scope="module")
@@ -28,34 +27,14 @@ def beating(shared_tremplin: Tremplin) -> Iterator[None]:
 
 
 @pytest.fixture
-def held(tremplin: Tremplin, beating: None) -> Iterator[Tremplin]:
-    """Tremplin with a container `held`, stopped and once started, which does not start before there
-    is the file _GATE.
-    """
-    machine = tremplin.machine
-    script = f"#!/bin/sh\\nwhile [ ! -e {_GATE} ]; do sleep 0.05; done\\n"
-    machine.run("sh", "-c", f"printf '{script}' >/run/held; chmod 755 /run/held")
+def stopped(tremplin: Tremplin, beating: None) -> Tremplin:
+    """Tremplin with a container `held`, stopped and once started."""
     tremplin.create("held")
-    assert _start_to_the_end(tremplin) == _PROGRESS.STARTED
-    machine.run("lxc", "stop", "--force", "held")
-    machine.run("lxc", "config", "set", "held", "raw.lxc=lxc.hook.pre-start = /run/held")
-    try:
-        yield tremplin
-    finally:
-        _open(tremplin)
-        machine.remove_containers()
-        machine.run("rm", _GATE)
-
-
-def _open(tremplin: Tremplin) -> None:
-    tremplin.machine.run("touch", _GATE)
-
-
-def _start_to_the_end(tremplin: Tremplin) -> int:
     before = len(tremplin.host.reports)
     tremplin.call("StartContainer", container_name="held")
-    status: int = _ended(tremplin, before).message.status
-    return status
+    assert _ended(tremplin, before).message.status == _PROGRESS.STARTED
+    tremplin.machine.run("lxc", "stop", "--force", "held")
+    return tremplin
 
 
 def _ended(tremplin: Tremplin, after: int) -> Report:
@@ -72,30 +51,28 @@ def _ended(tremplin: Tremplin, after: int) -> Report:
     ],
 )
 def test_long_start(
-    held: Tremplin, level: pb.StartContainerRequest.PrivilegeLevel.ValueType, answered: int
+    stopped: Tremplin, level: pb.StartContainerRequest.PrivilegeLevel.ValueType, answered: int
 ) -> None:
     """Answered after 2 s, REMAPPING where ids are shifted; then STARTING again and again, and one
     STARTED as the last word.
     """
-    host = held.host
+    host, machine = stopped.host, stopped.machine
     before = len(host.reports)
-    began = time.monotonic()
-    answer = held.call("StartContainer", container_name="held", privilege_level=level)
-    assert answer.status == answered
-    assert answer.os_release.id
-    assert time.monotonic() - began > 1.9
-    beats: list[Report] = []
-    for _ in range(3):
-        after = host.reports.index(beats[-1]) + 1 if beats else before
-        beats.append(
-            host.wait_for(
+    with machine.gate("held"):
+        began = time.monotonic()
+        answer = stopped.call("StartContainer", container_name="held", privilege_level=level)
+        assert answer.status == answered
+        assert answer.os_release.id
+        assert time.monotonic() - began > 1.9
+        after = before
+        for beat in range(3):
+            found = host.wait_for(
                 "UpdateStartStatus", container="held", status=_PROGRESS.STARTING, after=after
             )
-        )
-    # Of those that waited for the answer there is one.
-    assert beats[0].at - began > 1.9
-    _open(held)
-    assert _ended(held, before).message.status == _PROGRESS.STARTED
-    assert held.machine.containers() == {"held": "Running"}
+            after = host.reports.index(found) + 1
+            # Of those that waited for the answer there is one, after it.
+            assert beat or found.at - began > 1.9
+    assert _ended(stopped, before).message.status == _PROGRESS.STARTED
+    assert machine.containers() == {"held": "Running"}
     told = [r.message.status for r in host.reports[before:] if r.method == "UpdateStartStatus"]
     assert told == [_PROGRESS.STARTING] * (len(told) - 1) + [_PROGRESS.STARTED]

@@ -147,3 +147,30 @@ def test_first_start_cut_short(made: Tremplin) -> None:
     assert "its first start was cut short" in end.message.failure_reason
     assert made.create("ids").message.status == pb.ContainerCreationProgress.CREATED
     assert _start(made).message.status == _STARTED
+
+
+@pytest.mark.parametrize("state", ["Stopped", "Running"])
+def test_copy_that_stayed(made: Tremplin, state: str) -> None:
+    """Whoever forgot the copy: what the container has done since its start is not swapped away."""
+    machine = made.machine
+    assert _start(made).message.status == _STARTED
+    _stop(made)
+    with machine.gate("ids") as gate:
+        request = _START(container_name="ids", privilege_level=_START.PRIVILEGED)
+        call = made.stub.StartContainer.future(request, timeout=60)
+        wait_until(gate.reached, "the end of the shift")
+        made.kill()
+        assert call.exception() is not None
+        machine.run("rm", "/run/maitred/tremplin-operations.json")
+    assert "tremplin-remap" in _snapshots(made)
+    wait_until(lambda: machine.containers() == {"ids": "Running"}, "the start")
+    made.run_in("ids", "sh", "-c", "echo mine >/root/mine")
+    if state == "Stopped":
+        _stop(made)
+    made.start()
+    if state == "Stopped":
+        assert _start(made).message.status == _STARTED
+    wait_until(lambda: _snapshots(made) == "[]", "the end of the copy")
+    assert machine.containers() == {"ids": "Running"}
+    assert made.run_in("ids", "cat", "/root/mine") == "mine\n"
+    assert _owners(made) == {0}
