@@ -120,7 +120,7 @@ async def _follow(session: Session) -> None:
         if event.get("type") == "operation":
             session.lxd_operations.on_event(metadata)
         elif event.get("type") == "lifecycle":
-            session.lifecycle.on_event(metadata)
+            session.lifecycle.on_event(metadata, str(event["timestamp"]))
 
     def lost() -> None:
         nonlocal giving_up

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from agent.option_table import TREMPLIN
+from agent.options import parse
 from agent.pb import tremplin_pb2 as pb
+from agent.tremplin.lxd_client import LxdClient
+from agent.tremplin.reporter import Reporter
+from agent.tremplin.session import Session, Settings
 from tests.lxd.machine import wait_until
 
 if TYPE_CHECKING:
@@ -134,3 +140,30 @@ def test_start_races(tremplin: Tremplin) -> None:
     assert all(call.result().status in good for call in calls)
     tremplin.host.wait_for("UpdateStartStatus", container="race")
     assert len(tremplin.host.of("UpdateStartStatus", "race")) == 1
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_clock_set_back_a_little(running: Tremplin, runs: bool) -> None:
+    """Where the order of events is not that of their times, LXD is asked how it is."""
+    machine = running.machine
+    if not runs:
+        machine.run("lxc", "stop", "--force", "life")
+
+    async def run() -> None:
+        lxd = LxdClient(f"/proc/{machine.init_pid}/root{machine.lxd_dir}")
+        settings = Settings.from_options(parse([], TREMPLIN))
+        lifecycle = Session(settings, lxd, Reporter(None)).lifecycle
+        names = ("stopped", "started") if runs else ("started", "stopped")
+        for second, name in zip((30, 27), names, strict=True):
+            lifecycle.on_event(
+                {"action": f"instance-{name}", "source": "/1.0/instances/life"},
+                f"2026-11-21T10:00:{second}.123456789Z",
+            )
+        assert lifecycle.up == (set() if runs else {"life"})
+        async with asyncio.timeout(60):
+            while lifecycle.up != ({"life"} if runs else set()):
+                lifecycle.changed.clear()
+                await lifecycle.changed.wait()
+        lxd.close()
+
+    asyncio.run(run())
