@@ -91,8 +91,6 @@ class Create(Operation):
         await self.session.lxd_operations.run(
             "post", "instances", self._name, json={"name": self.container}
         )
-        # Not now: writing it all to the disk takes seconds, and the container is there.
-        self.session.in_background(images.keep_image_of(self.session, self.container))
 
     async def clean_up(self) -> None:
         """See Operation."""
@@ -111,6 +109,13 @@ class Create(Operation):
             Outcome.TIMED_OUT: pb.ContainerCreationProgress.DOWNLOAD_TIMED_OUT,
         }.get(outcome, pb.ContainerCreationProgress.FAILED)
         self._report(status, reason=reason)
+
+    def told(self) -> None:
+        """See Operation."""
+        super().told()
+        if self.outcome is Outcome.DONE:
+            # Not before: writing it all to the disk takes seconds, and the container is there.
+            self.session.in_background(images.keep_image_of(self.session, self.container))
 
     def _report(
         self, status: pb.ContainerCreationProgress.Status.ValueType, *, reason: str = ""

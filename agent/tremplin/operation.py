@@ -118,10 +118,11 @@ class Operation(ABC):
             kind=self,
             final=final,
             held_until=self.answered,
-            on_delivered=self._told if final else None,
+            on_delivered=self.told if final else None,
         )
 
-    def _told(self) -> None:
+    def told(self) -> None:
+        """The host knows how it ended."""
         # Unless it was asked for again in the meantime.
         if self.session.operation(type(self), self.container) is None:
             self.session.journal.end(self.method, self.container)
