@@ -197,12 +197,10 @@ class OperationCalls(TremplinServicer):
                 problem = "there is no such container"
         except LxdError as error:
             problem = one_line(error)
-        if not problem and self._session.operation(Export, name):
-            problem = "it is being exported already"
-        if problem:
-            return statuses(status=statuses.FAILED, failure_reason=cannot("export", name, problem))
-        self._begin(Export, request, context)
-        return statuses(status=statuses.EXPORTING)
+        reason = self._begin_alone(Export, request, context, problem)
+        return statuses(
+            status=statuses.FAILED if reason else statuses.EXPORTING, failure_reason=reason
+        )
 
     async def CancelExportContainer(
         self,
@@ -223,15 +221,14 @@ class OperationCalls(TremplinServicer):
         context: grpc.aio.ServicerContext[pb.ImportContainerRequest, pb.ImportContainerResponse],
     ) -> pb.ImportContainerResponse:
         """Begins to make a container from an exported file."""
-        name = request.container_name
         statuses = pb.ImportContainerResponse
-        problem = name_problem(name) or await asyncio.to_thread(import_problem, request.import_path)
-        if not problem and self._session.operation(Import, name):
-            problem = "it is being imported already"
-        if problem:
-            return statuses(status=statuses.FAILED, failure_reason=cannot("import", name, problem))
-        self._begin(Import, request, context)
-        return statuses(status=statuses.IMPORTING)
+        problem = name_problem(request.container_name) or await asyncio.to_thread(
+            import_problem, request.import_path
+        )
+        reason = self._begin_alone(Import, request, context, problem)
+        return statuses(
+            status=statuses.FAILED if reason else statuses.IMPORTING, failure_reason=reason
+        )
 
     async def CancelImportContainer(
         self,
@@ -251,6 +248,23 @@ class OperationCalls(TremplinServicer):
         if operation is not None:
             operation.cancel()
         return operation is not None
+
+    def _begin_alone(
+        self,
+        kind: type[Operation],
+        request: Any,
+        context: grpc.aio.ServicerContext[Any, Any],
+        problem: str,
+    ) -> str:
+        # Why it was not begun, or "". Unlike other operations these are not joined: another call
+        # may name another file.
+        name = request.container_name
+        if not problem and self._session.operation(kind, name):
+            problem = f"it is being {kind.verb}ed already"
+        if problem:
+            return cannot(kind.verb, name, problem)
+        self._begin(kind, request, context)
+        return ""
 
     def _begin(
         self,

@@ -133,6 +133,32 @@ def test_camera(running: Tremplin) -> None:
         machine.run("rm", "/dev/video91")
 
 
+def test_microphone_taken_away(running: Tremplin) -> None:
+    """By a start without audio capture; a start that says nothing of it leaves it."""
+    machine = running.machine
+    machine.run("sh", "-c", "mkdir -p /dev/snd && mknod /dev/snd/pcmC91D0c c 1 3")
+    try:
+        fields = {"container_name": "rest", "updates": {"MICROPHONE": pb.ENABLE}}
+        answer = running.call("UpdateContainerDevices", **fields)
+        assert dict(answer.results) == {"MICROPHONE": pb.UpdateContainerDevicesResponse.SUCCESS}
+        for disabled in (False, True):
+            machine.run("lxc", "stop", "--force", "rest")
+            before = len(running.host.reports)
+            running.call("StartContainer", container_name="rest", disable_audio_capture=disabled)
+            running.host.wait_for("UpdateStartStatus", container="rest", after=before)
+            found = running.run_in("rest", "sh", "-c", "ls /dev/snd 2>&1 || true")
+            assert ("pcmC91D0c" in found) is not disabled
+    finally:
+        machine.run("rm", "/dev/snd/pcmC91D0c")
+
+
+def test_nobody_has_the_uid(running: Tremplin) -> None:
+    """Before SetUpUser there is no user to be found."""
+    answer = running.call("GetContainerUsername", container_name="rest")
+    assert answer.status == pb.GetContainerUsernameResponse.USER_NOT_FOUND
+    assert "nobody has uid 1000" in answer.failure_reason
+
+
 def test_usb(running: Tremplin) -> None:
     """Without a device at the port, or without the container, it is refused."""
     attach = running.call("AttachUsbToContainer", port_num=3, container_name="rest")
