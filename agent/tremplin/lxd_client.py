@@ -11,9 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
-import pylxd
-import pylxd.exceptions
-import requests
+from agent.tremplin.lean_pylxd import pylxd, requests
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
