@@ -118,6 +118,19 @@ def test_no_zombies_and_no_failed_process(
     assert not [line for line in done.output.splitlines() if line.startswith("Z")]
 
 
+def test_listening_ports_are_told(up: tuple[TestVm, Reached], runner: asyncio.Runner) -> None:
+    """The guest's kernel says over netlink what listens in a container."""
+    vm = up[0].vm
+    listen = "nc -l -p 8125 </dev/null >/dev/null 2>&1 &"
+    runner.run(run_in_container(vm, "penguin", ["sh", "-c", listen]))
+
+    def told(message: Any) -> bool:
+        return 8125 in message.container_ports["penguin"].listening_tcp4_ports
+
+    telling = vm.recorder.wait_for("UpdateListeningPorts", told, since=vm.boot_events)
+    runner.run(asyncio.wait_for(telling, 60))
+
+
 _STRANGER = """
 import fcntl, socket, struct
 with open("/dev/vsock", "rb") as device:
