@@ -40,7 +40,7 @@ def _begin(tremplin: Tremplin) -> int:
     before = len(tremplin.host.reports)
     rootfs, metadata = tremplin.machine.image_files("big")
     answer = tremplin.call(
-        "CreateContainer", container_name="files", rootfs_path=rootfs, metadata_path=metadata
+        "CreateContainer", container_name="interrupted", rootfs_path=rootfs, metadata_path=metadata
     )
     assert answer.status == pb.CreateContainerResponse.CREATING, answer
     return before
@@ -48,7 +48,7 @@ def _begin(tremplin: Tremplin) -> int:
 
 def _end(tremplin: Tremplin, after: int) -> Report:
     return tremplin.host.wait_for(
-        "UpdateCreateStatus", container="files", not_status=_CREATION.DOWNLOADING, after=after
+        "UpdateCreateStatus", container="interrupted", not_status=_CREATION.DOWNLOADING, after=after
     )
 
 
@@ -67,10 +67,10 @@ def _lxd_held_at(tremplin: Tremplin, moment: str) -> Iterator[None]:
 def _one_end(tremplin: Tremplin, after: int) -> int:
     status: int = _end(tremplin, after).message.status
     # Whatever else there was to tell has been told when this is answered.
-    tremplin.call("GetContainerInfo", container_name="files")
+    tremplin.call("GetContainerInfo", container_name="interrupted")
     ends = [
         message
-        for message in tremplin.host.of("UpdateCreateStatus", "files")
+        for message in tremplin.host.of("UpdateCreateStatus", "interrupted")
         if message.status != _CREATION.DOWNLOADING
     ]
     assert len(ends) == 1, ends
@@ -99,7 +99,7 @@ def test_tremplin_killed(tremplin: Tremplin, moment: str) -> None:
         tremplin.kill()
     tremplin.start()
     assert _one_end(tremplin, before) == _CREATION.CREATED
-    _no_trace(tremplin, {"files": "Stopped"})
+    _no_trace(tremplin, {"interrupted": "Stopped"})
 
 
 @pytest.mark.parametrize("moment", _MOMENTS)
@@ -113,10 +113,10 @@ def test_lxd_killed(tremplin: Tremplin, moment: str) -> None:
     status = _one_end(tremplin, before)
     # Of the last moment little is left when it is seen.
     if status == _CREATION.CREATED and moment == "copied":
-        _no_trace(tremplin, {"files": "Stopped"})
+        _no_trace(tremplin, {"interrupted": "Stopped"})
         return
     assert status == _CREATION.FAILED
     _no_trace(tremplin, {})
     before = _begin(tremplin)
     assert _end(tremplin, before).message.status == _CREATION.CREATED
-    _no_trace(tremplin, {"files": "Stopped"})
+    _no_trace(tremplin, {"interrupted": "Stopped"})

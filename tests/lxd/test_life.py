@@ -132,12 +132,16 @@ def test_from_files(tremplin: Tremplin) -> None:
     """An image in two files of the VM becomes a container and leaves no image behind."""
     tremplin.machine.forget_images()
     rootfs, metadata = tremplin.machine.image_files("busybox")
+    before = len(tremplin.host.reports)
     response = tremplin.call(
         "CreateContainer", container_name="files", rootfs_path=rootfs, metadata_path=metadata
     )
     assert response.status == pb.CreateContainerResponse.CREATING
     end = tremplin.host.wait_for(
-        "UpdateCreateStatus", container="files", not_status=CREATION.DOWNLOADING
+        "UpdateCreateStatus",
+        container="files",
+        not_status=CREATION.DOWNLOADING,
+        after=before,
     )
     assert end.message.status == CREATION.CREATED, end
     assert tremplin.machine.containers() == {"files": "Stopped"}
@@ -233,6 +237,26 @@ def test_bad_username(tremplin: Tremplin, username: str) -> None:
     assert "$USERNAME" in response.failure_reason
     assert not username or username == "root" or username not in response.failure_reason
     assert tremplin.machine.run("lxc", "file", "pull", "names/etc/passwd", "-") == before
+
+
+def test_host_refuses_reports(tremplin: Tremplin) -> None:
+    """What the host answers with an error it has heard: it is not told again, but of the rest."""
+
+    def refuse(message: Any) -> None:
+        raise RuntimeError(f"the host does not want {message.container_name}")
+
+    tremplin.host.hooks["UpdateCreateStatus"] = refuse
+    assert tremplin.create("refused").message.status == CREATION.CREATED
+    before = len(tremplin.host.reports)
+    tremplin.call("StartContainer", container_name="refused")
+    started = tremplin.host.wait_for("UpdateStartStatus", container="refused", after=before)
+    assert started.message.status == pb.ContainerStartProgress.STARTED
+    told = [message.status for message in tremplin.host.of("UpdateCreateStatus", "refused")]
+    assert told.count(CREATION.CREATED) == 1
+    # It would be carried on if it had not been told.
+    tremplin.restart()
+    told = [message.status for message in tremplin.host.of("UpdateCreateStatus", "refused")]
+    assert told.count(CREATION.CREATED) == 1
 
 
 def test_delete_while_running(tremplin: Tremplin) -> None:

@@ -89,6 +89,7 @@ def test_info_during_download(tremplin: Tremplin) -> None:
     """GetContainerInfo is answered as fast while an image is downloaded."""
     machine = tremplin.machine
     tremplin.create("asked")
+    machine.forget_images()
     idle = [_info_ms(tremplin) for _ in range(60)]
     with machine.slow_down(1e6):
         before = len(tremplin.host.reports)
