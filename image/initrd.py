@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from image.build import run
-from image.kernel import unsigned
+from image.kernel import copy_module
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +32,8 @@ def write(target: Path, *, now: Iterable[Path], later: Iterable[Path], work: Pat
         for path in modules:
             if f"/{path.name}" not in lines:
                 lines.append(f"/{path.name}")
-                members.append((path.name, stat.S_IFREG | 0o644, unsigned(path.read_bytes())))
+                copy_module(path, work / path.name)
+                members.append((path.name, stat.S_IFREG | 0o644, (work / path.name).read_bytes()))
         lines.append("later")
     lines.pop()
     members.append(("modules", stat.S_IFREG | 0o644, ("\n".join(lines) + "\n").encode()))

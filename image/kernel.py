@@ -136,26 +136,21 @@ class Kernel:
         for path in self._with_dependencies(chosen):
             place = target / path.relative_to(self.modules)
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(unsigned(path.read_bytes()))
+            copy_module(path, place)
         for name in ("modules.builtin", "modules.builtin.modinfo", "modules.order"):
             shutil.copyfile(self.modules / name, target / name)
         run(["depmod", "--basedir", root / "usr", self.release])
 
 
-_SIGNED = b"~Module signature appended~\n"
+def copy_module(source: Path, target: Path) -> None:
+    """Copies a module without what loading it in an emulated guest is slow for.
 
-
-def unsigned(module: bytes) -> bytes:
-    """A module without the signature after its end, include/linux/module_signature.h.
-
-    Debian's kernels load it all the same. Checking a signature takes an emulated guest longer than
-    loading the module, and a root filesystem that we made needs no proof of who made it.
+    That is its signature, which lies behind the ELF file (include/linux/module_signature.h) and
+    proves nothing in a root filesystem that we made; types for BPF programs that trace; and the
+    tables for exact stack traces, which the kernel sorts. Raises BuildError.
     """
-    if not module.endswith(_SIGNED):
-        return module
-    end = len(module) - len(_SIGNED) - 12
-    signer, key, length = struct.unpack_from(">3x2B3xI", module, end)
-    return module[: end - signer - key - length]
+    removed = [f"--remove-section={name}" for name in (".BTF", ".orc_unwind", ".orc_unwind_ip")]
+    run(["objcopy", *removed, source, target])
 
 
 def _pipe(command: list[str], output: int) -> None:

@@ -16,7 +16,7 @@ import pytest
 from image import simplestreams
 from image.build import BuildError, Cache, locked, package_list, recipe, run, working_folder
 from image.initrd import cpio
-from image.kernel import unsigned
+from image.kernel import copy_module
 
 
 def test_cpio_is_what_cpio_reads(tmp_path: Path) -> None:
@@ -31,13 +31,25 @@ def test_cpio_is_what_cpio_reads(tmp_path: Path) -> None:
     assert (tmp_path / "e").stat().st_size == 0
 
 
-def test_unsigned_takes_off_signature_only() -> None:
-    """A signature, its trailer and the magic go; a module without one stays as it is."""
-    body, signature = b"\x7fELF module", b"s" * 700
-    trailer = bytes(8) + len(signature).to_bytes(4, "big")
-    signed = body + signature + trailer + b"~Module signature appended~\n"
-    assert unsigned(signed) == body
-    assert unsigned(body) == body
+def test_copied_modules_lose_what_is_not_loaded(tmp_path: Path) -> None:
+    """The signature behind the end of the file, and the sections; the rest stays."""
+    source = tmp_path / "source.c"
+    sections = ("kept", ".BTF", ".orc_unwind", ".orc_unwind_ip")
+    source.write_text(
+        "".join(
+            f'__attribute__((section("{name}"), used)) static const int s{number} = 1;\n'
+            for number, name in enumerate(sections)
+        )
+    )
+    module, copy = tmp_path / "signed.ko", tmp_path / "copy.ko"
+    run(["gcc", "-c", "-o", module, source])
+    with module.open("ab") as file:
+        file.write(b"s" * 700 + b"~Module signature appended~\n")
+    copy_module(module, copy)
+    assert b"signature" not in copy.read_bytes()
+    left = run(["readelf", "--wide", "--section-headers", copy])
+    assert "kept" in left
+    assert not any(name in left for name in sections[1:])
 
 
 def test_layer_is_made_once_and_only_when_whole(tmp_path: Path) -> None:
