@@ -1,5 +1,5 @@
-"""Whether an emulated boot hangs: QEMU's emulation now and then leaves the processors of a guest
-spinning in its kernel; the next boot comes up.
+"""Whether an emulated boot hangs or its kernel fails: QEMU's emulation now and then leaves the
+processors of a guest spinning in its kernel, or computes wrongly there; the next boot comes up.
 """
 
 from __future__ import annotations
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 
 _SIGNS = ("soft lockup", "detected stalls", "hard LOCKUP")
 """What Linux says of a processor that does not get on (lockup-watchdogs.rst, stallwarn.rst)."""
+_FAULTS = ("kernel BUG at ", "BUG: unable to handle ", "general protection fault", "Oops: ")
+"""What it says of a fault of its own, before the panic that comes of it (bug-hunting.rst)."""
+
+
+def fault(text: str) -> str:
+    """The line of a console's text in which the kernel says that it failed itself, or ""."""
+    lines = text.splitlines()
+    return next((line for line in lines if any(sign in line for sign in _FAULTS)), "")
 
 
 class BootHangsError(Exception):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from agent.pb import tremplin_pb2, vm_guest_pb2
 from host.commands import CALL_SECONDS, LXC_ENVIRONMENT
 from host.disks import make_shared_image, make_tools_image
-from host.errors import HostError
+from host.errors import HostError, VmDiedError
 from host.qemu import Disk
 from host.status import ContainerStatus, Status
 
@@ -127,27 +127,41 @@ class Host:
         self._flow = flow
         self._wanted = wanted
         self._status = status
+        self._begin()
+
+    def _begin(self) -> None:
+        # What is known of the container in one boot.
         self._created: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._news = asyncio.Event()
-        self._user = wanted.user
+        self._user = self._wanted.user
         self._existed = False
         self._started = False
         self._events_before_start = 0
 
     async def bring_up(self) -> Reached:
-        """All of it; the VM was booted just before.
+        """All of it; the VM was booted just before, and is booted once more if its kernel fails.
 
         Raises HostError, VmDiedError. The status says FAILED then, with the reason.
         """
         try:
-            return await self._bring_up()
+            try:
+                return await self._bring_up()
+            except VmDiedError:
+                self._forget()
+                if not await self._vm.boot_after_fault():
+                    raise
+                self._begin()
+                return await self._bring_up()
         except HostError as error:
             self._status.fail(str(error))
             raise
         finally:
-            self._vm.recorder.handle("UpdateCreateStatus", None)
-            if not self._created.cancel():
-                self._created.exception()  # nobody may have waited for it any more
+            self._forget()
+
+    def _forget(self) -> None:
+        self._vm.recorder.handle("UpdateCreateStatus", None)
+        if not self._created.cancel() and not self._created.cancelled():
+            self._created.exception()  # nobody may have waited for it any more
 
     async def _bring_up(self) -> Reached:
         vm = self._vm

@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 
 from agent.pb import common_pb2, tremplin_pb2_grpc, vm_guest_pb2_grpc
-from host import paths, qemu
+from host import boot_hang, paths, qemu
 from host.boot_hang import BootHangsError, unless_hung
 from host.children import Child, spawn
 from host.console import Console
@@ -312,8 +312,8 @@ class Vm:
             raise HostError(f"cannot {what}: {error.code().name}: {details}") from None
 
     async def ready(self, *, timeout: float = 120.0, silence: float = _SILENCE_SECONDS) -> float:
-        """Waits for VmReady, and boots again when the emulated kernel hangs; returns the seconds
-        since QEMU was started last.
+        """Waits for VmReady, and boots again when the emulated kernel hangs or fails; returns the
+        seconds since QEMU was started last.
 
         timeout: seconds that each boot may take. silence: seconds after which a console that says
         nothing means that the kernel hangs; the last boot is given its whole time.
@@ -332,7 +332,22 @@ class Vm:
                 self.tell(f"the emulated kernel hangs: {error}; last: {last!r}; booting again")
                 await self.kill()
                 await self.boot()
+            except VmDiedError:
+                if not (boots_left and await self.boot_after_fault()):
+                    raise
         return time.monotonic() - self.booted_at
+
+    async def boot_after_fault(self) -> bool:
+        """Boots again if the VM ended because its emulated kernel failed; whether that was so.
+
+        Raises HostError.
+        """
+        fault = boot_hang.fault(self.boot_text)
+        if self.running or self.accelerator != "tcg" or not fault:
+            return False
+        self.tell(f"the emulated kernel failed: {fault!r}; booting again")
+        await self.boot()
+        return True
 
     async def shut_down(self, *, timeout: float = SHUTDOWN_SECONDS) -> bool:
         """Asks the guest to power off and waits until it has; kills it if it does not.

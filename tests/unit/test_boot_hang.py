@@ -1,4 +1,4 @@
-"""When the launcher takes an emulated boot for hung."""
+"""When the launcher takes an emulated boot for hung, or its kernel for failed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from host.boot_hang import hang
+from host.boot_hang import fault, hang
 from host.console import Console
 
 _SECONDS = 0.2
@@ -49,3 +49,20 @@ def test_a_kernel_that_says_so_hangs(tmp_path: Path, line: str) -> None:
         console.close()
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("all well\n", ""),
+        ("Kernel panic - not syncing: Attempted to kill init!\n", ""),
+        (
+            "[ 1.0] init\n[ 5.3] kernel BUG at arch/x86/a.h:125!\n[ 5.4] invalid opcode\n",
+            "[ 5.3] kernel BUG at arch/x86/a.h:125!",
+        ),
+        ("[ 5] Oops: 0002 [#1]\n[ 5] RIP\n", "[ 5] Oops: 0002 [#1]"),
+    ],
+)
+def test_faults_of_the_kernel_itself(text: str, line: str) -> None:
+    """And no panic that somebody else is the cause of."""
+    assert fault(text) == line

@@ -1,12 +1,16 @@
-"""A VM that does not get on while it boots is booted again by the launcher."""
+"""A VM whose emulated kernel hangs while it boots, or fails, is booted again by the launcher."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 from pathlib import Path
 
+import grpc.aio
 import pytest
 
+from agent.pb import vm_guest_pb2
 from host.build_files import GuestImage
 from host.image_server import ImageServer
 from tests.vm.vms import new_vm
@@ -35,6 +39,36 @@ def test_a_hung_boot_is_repeated(
             assert "the console was silent for 10 s; last: " in told[0]
             assert "initrd: /dev/vda mounted" in told[0]
             assert vm.boot_text.count("initrd: /dev/vda mounted") == 1
+            assert await vm.shut_down(), vm.console.last_lines(20)
+
+    runner.run(scene())
+
+
+def test_a_kernel_that_failed_is_booted_again(
+    runner: asyncio.Runner, image: GuestImage, image_server: ImageServer, tmp_path: Path
+) -> None:
+    """In the middle of bringing up a container; the fault's line is ours, the panic is real."""
+    told: list[str] = []
+    fail = "echo '<2>kernel BUG at a test' >/dev/kmsg; echo c >/proc/sysrq-trigger"
+
+    async def scene() -> None:
+        async with new_vm(image, tmp_path, image_server) as test_vm:
+            vm = test_vm.vm
+            if vm.accelerator != "tcg":
+                pytest.skip("only emulated kernels are taken for failed")
+            vm.tell = told.append
+            await vm.boot()
+            flow = asyncio.ensure_future(test_vm.host().bring_up())
+            await vm.console.wait_for("LXD is being started")
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await vm.maitred.LaunchProcess(
+                    vm_guest_pb2.LaunchProcessRequest(argv=["/bin/sh", "-c", fail]), timeout=20
+                )
+            assert (await flow).user == "tux"
+            (line,) = told
+            assert re.fullmatch(
+                r"the emulated kernel failed: '\[.*\] kernel BUG at a test'; booting again", line
+            )
             assert await vm.shut_down(), vm.console.last_lines(20)
 
     runner.run(scene())
