@@ -1,12 +1,14 @@
 """The TCP ports that something listens on in a network namespace, asked of the kernel over netlink.
 
 /proc/PID/net/tcp would say it too, but for it the kernel walks its table of all connections of all
-namespaces, which takes a hundred times as long.
+namespaces, which takes a hundred times as long. pyroute2 could ask too: its import takes 13 MB
+and 0.13 s, many times that in an emulated guest.
 Sources: sock_diag(7); inet_diag_sk_diag_fill() in net/ipv4/inet_diag.c of Linux.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -43,16 +45,16 @@ def listening_ports(networks: Mapping[str, int]) -> dict[str, list[int]]:
     The calling thread visits them, as it may with CAP_SYS_ADMIN. Raises OSError.
     """
     found = {}
-    own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as stack:
+        for network in networks.values():
+            stack.callback(os.close, network)
+        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, own)
+        stack.callback(setns, own)
         for name, network in networks.items():
             setns(network)
             if ports := _ports():
                 found[name] = ports
-    finally:
-        setns(own)
-        for descriptor in (own, *networks.values()):
-            os.close(descriptor)
     return found
 
 
