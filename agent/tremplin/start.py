@@ -22,6 +22,8 @@ ANSWER_SECONDS = 2.0
 """A start that is over by then is answered STARTED."""
 _BUSY_SECONDS = 60.0
 """How long a stop that LXD still has in hand may hold up the start."""
+_NETWORK_SECONDS = 130.0
+"""An LXD that died may come back without its bridge, for which it tries again every minute."""
 _POLL_SECONDS = 0.1
 _PRIVILEGE = {
     pb.StartContainerRequest.UNPRIVILEGED: "false",
@@ -147,7 +149,7 @@ class Start(Operation):
     async def _start(self) -> None:
         # LXD shows a container as stopped before it has let go of it.
         clock = asyncio.get_running_loop().time
-        deadline = clock() + _BUSY_SECONDS
+        began = clock()
         while True:
             try:
                 await self.session.lxd_operations.run(
@@ -158,9 +160,11 @@ class Start(Operation):
                 text = str(error)
                 if "already running" in text:
                     return
-                if not is_busy(error) or clock() > deadline:
+                network = "unavailable on this server" in text
+                limit = _NETWORK_SECONDS if network else _BUSY_SECONDS
+                if not (network or is_busy(error)) or clock() - began > limit:
                     raise
-            await asyncio.sleep(_POLL_SECONDS)
+            await asyncio.sleep(1.0 if network else _POLL_SECONDS)
 
     async def _reason(self, error: LxdError) -> str:
         # LXD itself says only that its helper failed; the reason is in the log of liblxc.

@@ -142,8 +142,12 @@ class Machine:
         child.send_signal(signal.SIGCONT)  # see lxd_held()
         child.wait(_SECONDS)
 
-    def start_lxd(self) -> None:
-        """Starts LXD and returns when it answers."""
+    def start_lxd(self, *, network: bool = True) -> None:
+        """Starts LXD and returns when it answers, with network when its bridge is there too.
+
+        LXD ends the name server of the LXD before without waiting for it: now and then the new one
+        does not get its port, and LXD tries again after a minute.
+        """
         self.run("mkdir", "-p", self.lxd_dir)
         with (self.directory / "lxd.log").open("a") as log:
             self._lxd = self.spawn(
@@ -156,6 +160,13 @@ class Machine:
                 stderr=log,
             )
         self.run("lxd", "waitready", "--timeout", "30")
+        query = ("lxc", "query", "/1.0/networks/lxdbr0")
+        if network:
+            wait_until(
+                lambda: '"Unavailable"' not in self.run(*query, check=False),
+                "the bridge",
+                seconds=150,
+            )
 
     def kill_lxd(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Ends LXD; containers go on."""

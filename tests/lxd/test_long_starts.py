@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -76,3 +79,36 @@ def test_long_start(
     assert machine.containers() == {"held": "Running"}
     told = [r.message.status for r in host.reports[before:] if r.method == "UpdateStartStatus"]
     assert told == [_PROGRESS.STARTING] * (len(told) - 1) + [_PROGRESS.STARTED]
+
+
+_HOLD_PORT = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
+    holder.bind(("100.115.92.1", 53))
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.environ.get("TERMINA_LONG") != "1", reason="a minute; TERMINA_LONG=1")
+def test_network_comes_later(stopped: Tremplin) -> None:
+    """An LXD that came back without its bridge tries again after a minute; the start waits."""
+    host, machine = stopped.host, stopped.machine
+    machine.kill_lxd()
+    machine.run("sh", "-c", "kill $(pidof dnsmasq)")
+    holder = machine.spawn(
+        "sh", "-c", f"sleep 20 | {sys.executable} -c '{_HOLD_PORT}'", stdout=subprocess.PIPE
+    )
+    assert holder.stdout is not None
+    with holder.stdout:
+        assert holder.stdout.readline() == "ready\n"
+    machine.start_lxd(network=False)
+    assert machine.api.networks["lxdbr0"].get().json()["metadata"]["status"] == "Unavailable"
+    before = len(host.reports)
+    answer = stopped.call("StartContainer", container_name="held")
+    assert answer.status == _ANSWER.STARTING
+    end = host.wait_for(
+        "UpdateStartStatus", container="held", not_status=_PROGRESS.STARTING, after=before,
+        seconds=140,
+    )  # fmt: skip
+    assert end.message.status == _PROGRESS.STARTED, end
