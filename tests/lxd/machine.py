@@ -145,8 +145,7 @@ class Machine:
     def start_lxd(self, *, network: bool = True) -> None:
         """Starts LXD and returns when it answers, with network when its bridge is there too.
 
-        LXD ends the name server of the LXD before without waiting for it: now and then the new one
-        does not get its port, and LXD tries again after a minute.
+        After one that was killed it once was not, and LXD tries again after a minute only.
         """
         self.run("mkdir", "-p", self.lxd_dir)
         with (self.directory / "lxd.log").open("a") as log:
