@@ -167,6 +167,10 @@ class Machine:
                 seconds=150,
             )
 
+    def lxd_runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._lxd is not None and self._lxd.poll() is None
+
     def kill_lxd(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Ends LXD; containers go on."""
         assert self._lxd is not None

@@ -28,6 +28,8 @@ def made(tremplin: Tremplin) -> Iterator[Tremplin]:
     many = f"mkdir {_rootfs(tremplin)}/many; cd {_rootfs(tremplin)}/many; touch $(seq {_FILES})"
     tremplin.machine.run("sh", "-c", many)
     yield tremplin
+    if not tremplin.machine.lxd_runs():
+        tremplin.machine.start_lxd()
     if tremplin.ended() is not None:
         tremplin.start()
 
@@ -39,6 +41,11 @@ def _rootfs(tremplin: Tremplin) -> Path:
 def _outside(tremplin: Tremplin) -> Path:
     inside = str(_rootfs(tremplin))
     return type(_rootfs(tremplin))(f"/proc/{tremplin.machine.init_pid}/root{inside}")
+
+
+def _first_shifted(tremplin: Tremplin) -> Path:
+    # LXD goes by the names' order; the folder itself comes before any file in it.
+    return _outside(tremplin) / "many/1"
 
 
 def _start(tremplin: Tremplin, level: _START.PrivilegeLevel.ValueType = _START.UNCHANGED) -> Report:
@@ -58,11 +65,11 @@ def _owners(tremplin: Tremplin) -> set[int]:
 def _kill_in_the_middle(tremplin: Tremplin, level: _START.PrivilegeLevel.ValueType) -> int:
     # The number of reports from before.
     before = len(tremplin.host.reports)
-    files = _outside(tremplin) / "many"
-    old = files.stat().st_uid
+    file = _first_shifted(tremplin)
+    old = file.stat().st_uid
     request = _START(container_name="ids", privilege_level=level)
     call = tremplin.stub.StartContainer.future(request, timeout=60)
-    wait_until(lambda: files.stat().st_uid != old, "the shift")
+    wait_until(lambda: file.stat().st_uid != old, "the shift")
     tremplin.machine.kill_lxd()
     call.result()
     assert len(_owners(tremplin)) == 2, "LXD was killed too late or too early"
@@ -125,10 +132,10 @@ def test_tremplin_killed_in_the_middle(made: Tremplin) -> None:
     assert _start(made).message.status == _STARTED
     _stop(made)
     before = len(made.host.reports)
-    files = _outside(made) / "many"
+    file = _first_shifted(made)
     request = _START(container_name="ids", privilege_level=_START.PRIVILEGED)
     call = made.stub.StartContainer.future(request, timeout=60)
-    wait_until(lambda: files.stat().st_uid == 0, "the shift")
+    wait_until(lambda: file.stat().st_uid == 0, "the shift")
     made.restart()
     assert call.exception() is not None
     end = made.host.wait_for("UpdateStartStatus", container="ids", after=before)
