@@ -124,7 +124,9 @@ class Lifecycle:
             instance = await self._session.instance(name)
         except LxdError:
             return
-        life = self._lives[name]
+        life = self._lives.get(name)
+        if life is None:
+            return  # a catch_up in the meantime knows better
         runs = instance is not None and instance["status"] != "Stopped"
         if life.up != runs and not life.undecided:
             self._lives[name] = Life(up=runs)
