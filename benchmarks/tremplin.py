@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import statistics
@@ -14,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin.lxd_events import EventStream
@@ -338,16 +339,12 @@ def _many_lxc(machine: Machine, command: str) -> float | None:
 
 def _idle_processor_time(machine: Machine, tremplin: Tremplin) -> float:
     """What tremplin needs in a minute in which nothing happens, in ms."""
-    stat = Path(f"/proc/{machine.inner_pid(tremplin.process)}/stat")
-
-    def ticks() -> int:
-        fields = stat.read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
-
+    process = psutil.Process(machine.inner_pid(tremplin.process))
     time.sleep(_SETTLING_SECONDS)
-    before = ticks()
+    before = process.cpu_times()
     time.sleep(_IDLE_SECONDS)
-    used = (ticks() - before) / os.sysconf("SC_CLK_TCK")
+    after = process.cpu_times()
+    used = after.user + after.system - before.user - before.system
     return 1000 * used * 60 / _IDLE_SECONDS
 
 

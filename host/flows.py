@@ -147,7 +147,6 @@ class Host:
             try:
                 return await self._bring_up()
             except VmDiedError:
-                self._forget()
                 if not await self._vm.boot_after_fault():
                     raise
                 self._begin()
@@ -155,15 +154,16 @@ class Host:
         except HostError as error:
             self._status.fail(str(error))
             raise
-        finally:
-            self._forget()
-
-    def _forget(self) -> None:
-        self._vm.recorder.handle("UpdateCreateStatus", None)
-        if not self._created.cancel() and not self._created.cancelled():
-            self._created.exception()  # nobody may have waited for it any more
 
     async def _bring_up(self) -> Reached:
+        try:
+            return await self._take_steps()
+        finally:
+            self._vm.recorder.handle("UpdateCreateStatus", None)
+            if not self._created.cancel():
+                self._created.exception()  # nobody may have waited for it any more
+
+    async def _take_steps(self) -> Reached:
         vm = self._vm
         self._status.enter(ContainerStatus.LAUNCHING_GUEST)
         await vm.ready()

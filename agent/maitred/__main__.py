@@ -47,6 +47,8 @@ def _import_the_rest() -> None:
 
 
 def _import_asyncio() -> None:
+    if "asyncio" in sys.modules:  # by one that was prepared
+        return
     # asyncio does without TLS where Python has none. It would never be used here, and importing it
     # takes a tenth of the time until VmReady.
     sys.modules["ssl"] = None  # type: ignore[assignment]  # makes the import fail

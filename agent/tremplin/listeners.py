@@ -17,7 +17,7 @@ from agent.syscalls import setns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -72,7 +72,7 @@ def _dump(kernel: socket.socket, family: int) -> Iterator[int]:
     )
     kernel.send(header + question)
     while True:
-        for kind, body in _messages(kernel.recv(_LARGEST)):
+        for kind, body in _split(kernel.recv(_LARGEST), _HEADER):
             if kind == _ERROR:
                 number = -struct.unpack_from("=i", body)[0]
                 raise OSError(number, os.strerror(number))
@@ -89,10 +89,6 @@ def _takes_ipv4(address: bytes, body: bytes) -> bool:
         return True
     attributes = dict(_split(body[_ANSWER.size :], _ATTRIBUTE))
     return address == _ANY_IPV6 and attributes.get(_V6ONLY, b"\0")[0] == 0
-
-
-def _messages(data: bytes) -> Iterable[tuple[int, bytes]]:
-    return _split(data, _HEADER)
 
 
 def _split(data: bytes, header: struct.Struct) -> Iterator[tuple[int, bytes]]:

@@ -138,6 +138,7 @@ class Operation(ABC):
         if outcome is not Outcome.DONE:
             reason = f"cannot {self.verb} {self.subject}: {reason}"
             _log.warning("%s", reason)
+            # Who leaves nothing need not wait for an LXD that may never come back.
             if type(self).clean_up is not Operation.clean_up:
                 await self._undo()
         self.outcome = outcome

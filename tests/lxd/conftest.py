@@ -50,9 +50,19 @@ def shared_tremplin(machine: Machine, host: Host) -> Tremplin:
 
 @pytest.fixture
 def tremplin(shared_tremplin: Tremplin) -> Iterator[Tremplin]:
-    """Tremplin on an LXD without containers."""
+    """Tremplin on an LXD without containers; both run again after a test that killed them."""
     yield shared_tremplin
     shared_tremplin.host.hooks.clear()
     machine = shared_tremplin.machine
     machine.behave()
+    if not machine.lxd_runs():
+        machine.start_lxd()
+    if shared_tremplin.ended() is not None:
+        shared_tremplin.start()
     machine.remove_containers()
+
+
+@pytest.fixture
+def no_images(tremplin: Tremplin) -> None:
+    """LXD has to get every image anew."""
+    tremplin.machine.forget_images()

@@ -11,19 +11,11 @@ from agent.pb import tremplin_pb2 as pb
 from tests.lxd.machine import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tests.lxd.host import Tremplin
 
+pytestmark = pytest.mark.usefixtures("no_images")
+
 CREATION = pb.ContainerCreationProgress
-
-
-@pytest.fixture(autouse=True)
-def _no_images(tremplin: Tremplin) -> Iterator[None]:
-    tremplin.machine.forget_images()
-    yield
-    if tremplin.ended() is not None:
-        tremplin.start()
 
 
 def _begin(tremplin: Tremplin, name: str) -> int:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from tests.lxd.host import Report, Tremplin
 
+pytestmark = pytest.mark.usefixtures("no_images")
+
 _CREATION = pb.ContainerCreationProgress
 _MOMENTS = {
     "sent": "images/lxd_build_*/lxd_post_*",
@@ -26,14 +28,6 @@ _MOMENTS = {
 """What is in LXD's directory while the image is being sent to LXD, is being unpacked in the pool,
 and the container has been made of it.
 """
-
-
-@pytest.fixture(autouse=True)
-def _no_images(tremplin: Tremplin) -> Iterator[None]:
-    tremplin.machine.forget_images()
-    yield
-    if tremplin.ended() is not None:
-        tremplin.start()
 
 
 def _begin(tremplin: Tremplin) -> int:

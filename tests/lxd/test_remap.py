@@ -10,7 +10,6 @@ from agent.pb import tremplin_pb2 as pb
 from tests.lxd.machine import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests.lxd.host import Report, Tremplin
@@ -22,16 +21,12 @@ _FAILED = pb.ContainerStartProgress.FAILED
 
 
 @pytest.fixture
-def made(tremplin: Tremplin) -> Iterator[Tremplin]:
+def made(tremplin: Tremplin) -> Tremplin:
     """Tremplin with a container `ids` of many files, which was never started."""
     tremplin.create("ids")
     many = f"mkdir {_rootfs(tremplin)}/many; cd {_rootfs(tremplin)}/many; touch $(seq {_FILES})"
     tremplin.machine.run("sh", "-c", many)
-    yield tremplin
-    if not tremplin.machine.lxd_runs():
-        tremplin.machine.start_lxd()
-    if tremplin.ended() is not None:
-        tremplin.start()
+    return tremplin
 
 
 def _rootfs(tremplin: Tremplin) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc.aio
@@ -13,9 +14,22 @@ import pytest
 from agent.pb import vm_guest_pb2
 from host.build_files import GuestImage
 from host.image_server import ImageServer
-from tests.vm.vms import new_vm
+from tests.vm.vms import TestVm, new_vm
 
 pytestmark = pytest.mark.timeout(240)
+
+
+@contextlib.asynccontextmanager
+async def _booting(
+    image: GuestImage, directory: Path, image_server: ImageServer, told: list[str]
+) -> AsyncIterator[TestVm]:
+    # An emulated VM that was just started; told: gets what its launcher says.
+    async with new_vm(image, directory, image_server) as test_vm:
+        if test_vm.vm.accelerator != "tcg":
+            pytest.skip("only emulated boots are taken for hung, and emulated kernels for failed")
+        test_vm.vm.tell = told.append
+        await test_vm.vm.boot()
+        yield test_vm
 
 
 def test_a_hung_boot_is_repeated(
@@ -25,12 +39,8 @@ def test_a_hung_boot_is_repeated(
     told: list[str] = []
 
     async def scene() -> None:
-        async with new_vm(image, tmp_path, image_server) as test_vm:
+        async with _booting(image, tmp_path, image_server, told) as test_vm:
             vm = test_vm.vm
-            if vm.accelerator != "tcg":
-                pytest.skip("only emulated boots are taken for hung")
-            vm.tell = told.append
-            await vm.boot()
             await vm.console.wait_for("initrd")
             async with vm.monitor() as monitor:
                 await monitor.run("stop")
@@ -52,12 +62,8 @@ def test_a_kernel_that_failed_is_booted_again(
     fail = "echo '<2>kernel BUG at a test' >/dev/kmsg; echo c >/proc/sysrq-trigger"
 
     async def scene() -> None:
-        async with new_vm(image, tmp_path, image_server) as test_vm:
+        async with _booting(image, tmp_path, image_server, told) as test_vm:
             vm = test_vm.vm
-            if vm.accelerator != "tcg":
-                pytest.skip("only emulated kernels are taken for failed")
-            vm.tell = told.append
-            await vm.boot()
             flow = asyncio.ensure_future(test_vm.host().bring_up())
             await vm.console.wait_for("LXD is being started")
             with contextlib.suppress(grpc.aio.AioRpcError):
