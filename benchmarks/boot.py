@@ -16,7 +16,7 @@ from host.build_files import BUILD_DIR, GuestImage
 from host.commands import run_in_guest
 from host.vm import Vm
 
-ROUNDS = 5
+ROUNDS = 7
 
 _PEER = """
 import grpc
@@ -75,14 +75,22 @@ async def _rounds() -> list[tuple[float, float, int]]:
 def run() -> Iterator[Figure]:
     """Boots the guest a few times; medians."""
     rounds = asyncio.run(_rounds())
-    ours = statistics.median(each[0] for each in rounds)
-    peer = statistics.median(each[1] for each in rounds)
+    times = [(ours, peer) for ours, peer, _ in rounds]
+    peer_is = "python3 -I, import grpc, one call"
     yield Figure(
         "exec of /sbin/init to VmReady",
-        {"ours": ours, "python3 -I, import grpc, one call": peer},
+        {"ours": statistics.median(ours for ours, _ in times),
+         peer_is: statistics.median(peer for _, peer in times)},
         "s",
-        "<= 1.5 x",
-        ours <= 1.5 * peer,
+    )  # fmt: skip
+    # A neighbour of this machine slows a boot down, but seldom one half of it.
+    ratio = statistics.median(ours / peer for ours, peer in times)
+    yield Figure(
+        "the same, as a multiple of the peer's in the same boot",
+        {"ours": ratio, peer_is: 1},
+        "×",
+        "≤ 1.5",
+        ratio <= 1.5,
     )
     memory = max(each[2] for each in rounds) / 1024
-    yield Figure("RSS of PID 1 in the VM", {"ours": memory}, "MiB", "<= 14", memory <= 14)
+    yield Figure("RSS of PID 1 in the VM", {"ours": memory}, "MiB", "≤ 14", memory <= 14)
