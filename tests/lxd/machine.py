@@ -200,6 +200,20 @@ class Machine:
         finally:
             gate.open()
 
+    @contextlib.contextmanager
+    def full_disk(self, *, left: int = 0) -> Iterator[None]:
+        """The data disk has only so many bytes left, about."""
+        ballast = self.directory / "stateful/ballast"
+        free = int(self.run("stat", "-f", "-c", "%a", self.lxd_dir)) * 4096
+        try:
+            self.run("fallocate", "-l", str(free - max(left, 5 * 1024 * 1024)), ballast)
+            if not left:
+                self.run("dd", "if=/dev/zero", f"of={ballast}.more", "bs=64K", check=False)
+                self.run("sync", check=False)
+            yield
+        finally:
+            self.run("rm", "-f", ballast, f"{ballast}.more")
+
     @property
     def api(self) -> Any:
         """Pylxd's view of LXD's /1.0, from outside."""

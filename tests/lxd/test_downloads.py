@@ -225,16 +225,11 @@ def test_broken_files(tremplin: Tremplin) -> None:
 def test_disk_full(tremplin: Tremplin) -> None:
     """FAILED with the system's words; it works when there is room again."""
     machine = tremplin.machine
-    ballast = machine.directory / "stateful/ballast"
-    free = int(machine.run("stat", "-f", "-c", "%a", machine.lxd_dir)) * 4096
-    machine.run("fallocate", "-l", str(free - 5 * 1024 * 1024), ballast)
-    try:
+    with machine.full_disk(left=5 * 1024 * 1024):
         before = _begin(tremplin, "full")
         end = _end(tremplin, "full", before)
         assert end.message.status == CREATION.FAILED
         assert "no space left on device" in end.message.failure_reason.lower()
-    finally:
-        machine.run("rm", "-f", ballast)
     # As long as the disk is full LXD cannot remove anything.
     wait_until(lambda: machine.containers() == {} and machine.images() == [], "the clean-up")
     _nothing_is_left(tremplin)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent.pb import tremplin_pb2 as pb
+from tests.lxd.machine import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,11 +82,28 @@ def test_long_start(
     assert told == [_PROGRESS.STARTING] * (len(told) - 1) + [_PROGRESS.STARTED]
 
 
+def test_start_while_it_is_deleted(stopped: Tremplin) -> None:
+    """It is refused, not begun behind the deletion, which is held up by a start of a stranger's."""
+    host, machine = stopped.host, stopped.machine
+    with machine.gate("held") as gate:
+        stranger = machine.spawn("lxc", "start", "held", stderr=subprocess.DEVNULL)
+        wait_until(gate.reached, "the stranger's start")
+        before = len(host.reports)
+        deletion = stopped.call("DeleteContainer", container_name="held")
+        assert deletion.status == pb.DeleteContainerResponse.DELETING
+        answer = stopped.call("StartContainer", container_name="held")
+        assert answer.status == _ANSWER.FAILED
+        assert answer.failure_reason == "cannot start container held: it is being deleted"
+    told = host.wait_for("UpdateDeletionStatus", container="held", after=before)
+    assert told.message.status == pb.ContainerDeletionProgress.DELETED
+    stranger.wait()
+    assert machine.containers() == {}
+
+
 _HOLD_PORT = """
 import socket, sys
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
     holder.bind(("100.115.92.1", 53))
-    print("ready", flush=True)
     sys.stdin.read()
 """
 

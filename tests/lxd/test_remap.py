@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _FILES = 10_000
 _START = pb.StartContainerRequest
 _STARTED = pb.ContainerStartProgress.STARTED
+_STARTING = pb.ContainerStartProgress.STARTING
 _FAILED = pb.ContainerStartProgress.FAILED
 
 
@@ -149,6 +150,33 @@ def test_first_start_cut_short(made: Tremplin) -> None:
     assert "its first start was cut short" in end.message.failure_reason
     assert made.create("ids").message.status == pb.ContainerCreationProgress.CREATED
     assert _start(made).message.status == _STARTED
+
+
+def test_disk_full_at_the_end(made: Tremplin) -> None:
+    """The start may fail or not; when there is room again, nothing is lost and no copy stays."""
+    machine = made.machine
+    assert _start(made).message.status == _STARTED
+    made.run_in("ids", "sh", "-c", "echo mine >/root/mine")
+    _stop(made)
+    before = len(made.host.reports)
+    with machine.gate("ids") as gate:
+        request = _START(container_name="ids", privilege_level=_START.PRIVILEGED)
+        call = made.stub.StartContainer.future(request, timeout=60)
+        wait_until(gate.reached, "the end of the shift")
+        with machine.full_disk():
+            gate.open()
+            call.result()
+            end = made.host.wait_for(
+                "UpdateStartStatus", container="ids", not_status=_STARTING, after=before
+            )
+            assert end.message.status == _STARTED or end.message.failure_reason
+    if end.message.status == _FAILED:
+        assert _start(made, _START.PRIVILEGED).message.status == _STARTED
+    wait_until(lambda: _snapshots(made) == "[]", "the end of the copy")
+    assert machine.containers() == {"ids": "Running"}
+    assert made.run_in("ids", "cat", "/root/mine") == "mine\n"
+    assert _owners(made) == {0}
+    assert _whole_inside(made)
 
 
 @pytest.mark.parametrize("state", ["Stopped", "Running"])
