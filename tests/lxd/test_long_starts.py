@@ -104,6 +104,7 @@ _HOLD_PORT = """
 import socket, sys
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as holder:
     holder.bind(("100.115.92.1", 53))
+    print("ready", flush=True)
     sys.stdin.read()
 """
 
