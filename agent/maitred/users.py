@@ -20,6 +20,11 @@ _RESERVED_UIDS = frozenset({65534, 65535})  # nobody, and -1 of 16-bit ids
 _GROUPS_MAX = 100
 _ALIAS = "$USERNAME"
 
+_UNLOGGED = ("unshare", "--mount", "sh", "-ec", 'mount -t tmpfs tmpfs /dev; exec "$@"', "sh")
+"""Runs a program that has no /dev/log, as these tell syslog(3) of each name; it needs nothing else
+of /dev. The mount is seen by nobody else and ends with the program.
+"""
+
 
 async def set_up(request: vm_guest_pb2.SetUpUserRequest) -> vm_guest_pb2.SetUpUserResponse:
     """Creates the user, or adds the groups to one that is there. Failures are in the result.
@@ -69,10 +74,10 @@ async def _set_up(request: vm_guest_pb2.SetUpUserRequest) -> str:
         argv += ["--gid", request.username] if _has_group(request.username) else ["--user-group"]
         if groups:
             argv += ["--groups", groups]
-        await _run(*argv, request.username)
+        await _run(*argv, user=request.username)
         return request.username
     if groups:
-        await _run("usermod", "--append", "--groups", groups, existing)
+        await _run("usermod", "--append", "--groups", groups, user=existing)
     return existing
 
 
@@ -103,7 +108,7 @@ def _has_group(name: str) -> bool:
     return True
 
 
-async def _run(*argv: str) -> None:
-    done = await run(*argv)
+async def _run(*argv: str, user: str) -> None:
+    done = await run(*_UNLOGGED, *argv, user)
     if done.code != 0:
-        raise Failed(f"{argv[0]}: {done.reason}")
+        raise Failed(f"{argv[0]}: {done.reason}".replace(user, _ALIAS))

@@ -64,20 +64,29 @@ def vm(
         runner.run(stack.aclose())
 
 
+async def _logged(vm: Vm, message: str) -> vm_host_pb2.LogRecord:
+    """Has a program of the VM log this; its record, once it and all before it have arrived."""
+    await run_in_guest(vm, ["logger", "-p", "daemon.warning", "-t", "test", message])
+    content = f"test: {message}".encode()
+    async with asyncio.timeout(60):
+        while not any(record.content == content for record in vm.recorder.logs):
+            await asyncio.sleep(0.1)
+    found: list[vm_host_pb2.LogRecord]
+    found = [record for record in vm.recorder.logs if record.content == content]
+    assert len(found) == 1
+    return found[0]
+
+
 def test_the_kernel_and_programs_log_to_the_host(vm: Vm, runner: asyncio.Runner) -> None:
     """Both arrive, with their severities and times of today."""
 
-    async def scenario() -> None:
+    async def scenario() -> vm_host_pb2.LogRecord:
         async with asyncio.timeout(90):
             while not any(b"Linux version" in record.content for record in vm.recorder.logs):
                 await asyncio.sleep(0.1)
-        await run_in_guest(vm, ["logger", "-p", "daemon.warning", "-t", "test", "hello host"])
-        async with asyncio.timeout(60):
-            while not any(record.content == b"test: hello host" for record in vm.recorder.logs):
-                await asyncio.sleep(0.1)
+        return await _logged(vm, "hello host")
 
-    runner.run(scenario())
-    (hello,) = [record for record in vm.recorder.logs if record.content == b"test: hello host"]
+    hello = runner.run(scenario())
     assert hello.severity == vm_host_pb2.WARNING
     assert abs(hello.timestamp.seconds - time.time()) < 300
     banner = next(one for one in vm.recorder.logs if b"Linux version" in one.content)
@@ -114,14 +123,19 @@ def test_the_clock_is_set(vm: Vm, runner: asyncio.Runner) -> None:
 
 
 def test_users_and_timezone_work_on_a_read_only_root(vm: Vm, runner: asyncio.Runner) -> None:
-    """/etc and /home are writable layers there."""
+    """/etc and /home are writable layers there; no log has the user's name."""
 
     async def scenario() -> None:
-        request = vm_guest_pb2.SetUpUserRequest(username="tux", uid=1000, group_names=["audio"])
-        answer = await vm.maitred.SetUpUser(request)
-        assert (answer.success, answer.failure_reason) == (True, "")
+        for group in ("audio", "video"):
+            request = vm_guest_pb2.SetUpUserRequest(username="tux", uid=1000, group_names=[group])
+            answer = await vm.maitred.SetUpUser(request)
+            assert (answer.success, answer.failure_reason) == (True, "")
         done = await run_in_guest(vm, ["id", "tux"])
         assert done.output.startswith("uid=1000(tux)")
+        assert "(audio)" in done.output
+        assert "(video)" in done.output
+        await _logged(vm, "the user is set up")
+        assert [record for record in vm.recorder.logs if b"tux" in record.content] == []
         for use_bind_mount in (True, False):
             zone = vm_guest_pb2.SetTimezoneRequest(
                 timezone_name="Asia/Tokyo", use_bind_mount=use_bind_mount
