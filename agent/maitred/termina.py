@@ -54,6 +54,9 @@ class Termina:
             response.failure_reason = str(error)
         except (BadRequest, SupervisorError) as error:
             response.failure_reason = str(error)
+        except OSError as error:
+            what = f"cannot use {error.filename}" if error.filename else "cannot start Termina"
+            response.failure_reason = f"{what}: {error.strerror or error}"
         if response.failure_reason:
             _log.error("cannot start Termina: %s", response.failure_reason)
         return response

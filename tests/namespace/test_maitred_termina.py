@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from agent.pb import vm_guest_pb2
-from tests.namespace.vm_in_namespaces import Vm, in_vm
+from tests.namespace.vm_in_namespaces import EMPTY, Vm, in_vm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,14 +64,20 @@ def disk(tmp_path: Path) -> Iterator[str]:
         yield device
 
 
-def _in_vm(tmp_path: Path, scenario: object) -> None:
+def _in_vm(tmp_path: Path, scenario: object, *, before: str = "") -> None:
+    # It notes that it is up, and then the signal that ends it.
     stand_in = tmp_path / "tremplin"
-    stand_in.write_text("#!/bin/sh\nwhile :; do sleep 1000; done\n")
+    stand_in.write_text(
+        "#!/bin/sh\n"
+        f'for name in PWR TERM; do trap "echo $name >>{tmp_path}/signals; exit" $name; done\n'
+        f"echo up >>{tmp_path}/signals\n"
+        "while :; do sleep 1000 & wait; done\n"
+    )
     stand_in.chmod(0o755)
     in_vm(
         tmp_path,
         scenario,  # type: ignore[arg-type]  # a coroutine function of one Vm
-        before="mount -t tmpfs tmpfs /run",
+        before=f"mount -t tmpfs tmpfs /run; {before}",
         options=[f"tremplin.listen=unix:{tmp_path}/tremplin.sock", f"tremplin.command={stand_in}"],
     )
 
@@ -256,6 +262,31 @@ def test_requests_that_cannot_be_served_say_why(tmp_path: Path, disk: str) -> No
 
     _in_vm(tmp_path, scenario)
     assert _run("wipefs", "--no-act", disk) == ""
+
+
+@pytest.mark.skipif(not os.access("/usr/bin/lxcfs", os.X_OK), reason="nothing to make room for")
+def test_what_the_system_refuses_is_a_failure_of_the_call(tmp_path: Path, disk: str) -> None:
+    async def scenario(vm: Vm) -> None:
+        response = await _start(vm, disk)
+        assert response.status == Response.FAILED
+        assert response.failure_reason == "cannot use /var/lib/lxcfs: File exists"
+
+    _in_vm(tmp_path, scenario, before="mount -t tmpfs tmpfs /var/lib; touch /var/lib/lxcfs")
+
+
+def test_at_shutdown_tremplin_is_told_of_a_power_failure(tmp_path: Path, disk: str) -> None:
+    signals = tmp_path / "signals"
+
+    async def scenario(vm: Vm) -> None:
+        assert (await _start(vm, disk)).status == Response.SUCCESS
+        async with asyncio.timeout(20):
+            while not signals.exists() or not signals.read_text():
+                await asyncio.sleep(0.01)
+        await vm.maitred.Shutdown(EMPTY)
+        assert await asyncio.to_thread(vm.process.wait, 30) == 0
+
+    _in_vm(tmp_path, scenario)
+    assert signals.read_text() == "up\nPWR\n"
 
 
 def test_a_damaged_btrfs_is_mounted_in_an_older_state(tmp_path: Path, disk: str) -> None:
