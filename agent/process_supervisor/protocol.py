@@ -90,7 +90,7 @@ def decode(line: bytes) -> dict[str, Any]:
 class ProcessSpec:
     """What to run and how; two specs are equal when every field is.
 
-    argv: argv[0] is a path with a slash, or is looked up in DEFAULT_PATH.
+    argv: argv[0] is an absolute path, or a name to look up in DEFAULT_PATH.
     env: the environment, besides PATH when it has none.
     name: unique name; "" for a process known by a made-up key.
     respawn: start it again whenever it ends, until it was started more than 10 times in 30 s.

@@ -64,14 +64,15 @@ def _from(path: str, flags: int) -> list[tuple[Any, ...]]:
 
 
 def find_program(name: str) -> str:
-    """The file to execute: name itself when it has a slash, else from DEFAULT_PATH.
+    """The file to execute: name itself when it is an absolute path, else from DEFAULT_PATH.
 
-    Raises OSError (ENOENT, EACCES).
+    Raises OSError (ENOENT, EACCES); ENOENT for a relative path, as there is nothing it is
+    relative to.
     """
-    if "/" in name:
+    if name.startswith("/"):
         return name
     error = errno.ENOENT
-    for directory in DEFAULT_PATH.split(":"):
+    for directory in DEFAULT_PATH.split(":") if "/" not in name else ():
         path = f"{directory}/{name}"
         if os.path.isfile(path):
             if os.access(path, os.X_OK):

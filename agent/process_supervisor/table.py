@@ -434,5 +434,7 @@ def _cannot(doing: str, what: str, error: Exception) -> ProtocolError:
         import errno
 
         code = errno.errorcode.get(error.errno, "EIO")
+        if code == "EINVAL":  # that is for requests; execve(2) says it of a program
+            code = "ENOEXEC"
         return ProtocolError(code, f"cannot {doing} {what}: {os.strerror(error.errno)}")
     return ProtocolError("EINVAL", f"cannot {doing} {what}: {error}")

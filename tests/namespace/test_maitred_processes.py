@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import struct
 from pathlib import Path
 
 import grpc
 import pytest
 
 from agent.pb import vm_guest_pb2
-from tests.namespace.vm_in_namespaces import EMPTY, Vm, in_vm, refusal
+from tests.namespace.vm_in_namespaces import EMPTY, ROOT, Vm, in_vm, refusal
 
 Request = vm_guest_pb2.LaunchProcessRequest
 
@@ -33,12 +34,30 @@ def test_the_end_of_a_process_is_told(tmp_path: Path) -> None:
     in_vm(tmp_path, scenario)
 
 
+def _elf_with_interpreter_at(offset: int) -> bytes:
+    """Of a program, elf(5), as much as the kernel looks at before it opens the interpreter. From
+    beyond 2^63 nothing can be read: execve(2) gives EINVAL.
+    """
+    program_header = struct.pack("<IIQQQQQQ", 3, 4, offset, 0, 0, 10, 10, 1)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH",
+        *(b"\x7fELF\x02\x01\x01", 2, 62, 1, 0, 64, 0, 0, 64, len(program_header), 1, 0, 0, 0),
+    )
+    return header + program_header
+
+
 def test_what_cannot_be_executed_has_failed(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("no program")
+    broken = tmp_path / "broken"
+    broken.write_bytes(_elf_with_interpreter_at(1 << 63))
+    broken.chmod(0o755)
 
     async def scenario(vm: Vm) -> None:
-        for argv0 in ("no-such-program", "/no/such/program", str(plain), str(tmp_path)):
+        for argv0 in (
+            *("no-such-program", "/no/such/program", os.path.relpath("/usr/bin/true", ROOT)),
+            *(str(plain), str(tmp_path), str(broken)),
+        ):
             for fields in ({}, {"wait_for_exit": True}, {"respawn": True}):
                 status, _ = await _launch(vm, argv0, **fields)
                 assert status == "FAILED", (argv0, fields)

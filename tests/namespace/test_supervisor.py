@@ -78,7 +78,12 @@ def test_launch_wait_and_exit_codes(pid_one: PidOne) -> None:
 
 @pytest.mark.parametrize(
     ("argv", "code"),
-    [(["/nothing"], "ENOENT"), (["nothing"], "ENOENT"), (["/etc/passwd"], "EACCES")],
+    [
+        (["/nothing"], "ENOENT"),
+        (["nothing"], "ENOENT"),
+        ([os.path.relpath("/usr/bin/true", REPOSITORY)], "ENOENT"),  # found from where PID 1 is
+        (["/etc/passwd"], "EACCES"),
+    ],
 )
 def test_what_cannot_be_executed_says_so(pid_one: PidOne, argv: list[str], code: str) -> None:
     with pid_one.client() as client, pytest.raises(SupervisorError, match="cannot launch") as error:
