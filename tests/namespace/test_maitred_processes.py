@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import os
 import signal
+import socket
 import struct
 from pathlib import Path
 
@@ -13,6 +16,9 @@ import pytest
 
 from agent.pb import vm_guest_pb2
 from tests.namespace.vm_in_namespaces import EMPTY, ROOT, Vm, in_vm, refusal
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PIDFD_GETFD = 438  # pidfd_getfd(2), the same on every architecture
 
 Request = vm_guest_pb2.LaunchProcessRequest
 
@@ -227,11 +233,68 @@ def test_startup_files_can_be_turned_off(tmp_path: Path) -> None:
     in_vm(tmp_path, scenario, options=["maitred.no_startup_processes"])
 
 
+async def _report_on(vm: Vm, word: str) -> str:
+    """Kills the process with this word in its command line until the host is told something:
+    reports begin some time after VmReady, and after a connection to PID 1 is lost.
+    """
+    async with asyncio.timeout(30):
+        while True:
+            with contextlib.suppress(ValueError):  # it is not there, or not yet again
+                os.kill(vm.pid_of(word), signal.SIGSEGV)
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(vm.host.crashes.get(), 1)
+
+
 def test_the_end_of_a_respawning_process_is_reported_by_its_name_only(tmp_path: Path) -> None:
     async def scenario(vm: Vm) -> None:
         await _launch(vm, "/bin/sleep", "1000", respawn=True)
-        os.kill(vm.pid_of("1000"), signal.SIGSEGV)
-        assert await asyncio.wait_for(vm.host.crashes.get(), 20) == "sleep"
+        assert await _report_on(vm, "1000") == "sleep"
+
+    in_vm(tmp_path, scenario)
+
+
+def test_our_own_program_is_reported_by_what_it_is(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        assert await _report_on(vm, "agent.log_forwarder") == "log-forwarder"
+
+    in_vm(tmp_path, scenario, options=[f"maitred.log_collector=unix:{tmp_path}/host.sock"])
+
+
+def _cut_off_from_pid_1(vm: Vm) -> int:
+    """Ends the connections that maitred has to PID 1; how many they were."""
+    maitred = vm.pid_of("agent.maitred")
+    peer = str(vm.run_dir / "supervisor.sock")
+    pidfd = os.pidfd_open(maitred)
+    cut = 0
+    for number in os.listdir(f"/proc/{maitred}/fd"):
+        try:
+            if not os.readlink(f"/proc/{maitred}/fd/{number}").startswith("socket:"):
+                continue
+        except FileNotFoundError:
+            continue
+        descriptor = _LIBC.syscall(_PIDFD_GETFD, pidfd, int(number), 0)
+        assert descriptor >= 0, os.strerror(ctypes.get_errno())
+        with socket.socket(fileno=descriptor) as theirs:
+            try:
+                is_to_pid_1 = theirs.getpeername() == peer
+            except OSError:
+                continue
+            if is_to_pid_1:
+                theirs.shutdown(socket.SHUT_RDWR)
+                cut += 1
+    os.close(pidfd)
+    return cut
+
+
+def test_a_lost_connection_to_pid_1_is_made_again(tmp_path: Path) -> None:
+    async def scenario(vm: Vm) -> None:
+        await _launch(vm, "sleep", "1000", respawn=True)
+        await _launch(vm, "tail", "-f", "/dev/null", respawn=True)
+        assert await _report_on(vm, "1000") == "sleep"
+        assert _cut_off_from_pid_1(vm) == 2  # for calls, and for crash reports
+        while await _report_on(vm, "tail") != "tail":
+            pass  # one on the other that came late
+        assert await _launch(vm, "true", wait_for_exit=True) == ("EXITED", 0)
 
     in_vm(tmp_path, scenario)
 

@@ -160,6 +160,8 @@ def test_killed_in_each_stage(
         states = [info.container_status for info in test_vm.history]
         assert ContainerStatus.FAILED not in states
         assert len(vm.recorder.of("VmReady")) == 1
+        reports = vm.recorder.of("SendFailureReport")
+        assert "tremplin" in {report.failed_process for report in reports}
         assert await vm.shut_down(), vm.console.last_lines(20)
 
     async def with_vm() -> None:
