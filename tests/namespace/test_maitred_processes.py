@@ -165,6 +165,22 @@ def test_when_maitred_is_killed_processes_stay_and_vm_ready_is_not_sent_again(
     in_vm(tmp_path, scenario)
 
 
+def test_a_host_may_make_its_calls_from_inside_vm_ready(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        vm = Vm(tmp_path)
+
+        async def call() -> None:
+            assert await _launch(vm, "sh", "-c", "exit 7", wait_for_exit=True) == ("EXITED", 7)
+            assert await _launch(vm, "sleep", "1000", respawn=True) == ("LAUNCHED", 0)
+
+        vm.host.inside_vm_ready = call
+        async with vm:
+            assert vm.pid_of("1000")
+            assert vm.host.ready == 1
+
+    asyncio.run(scenario())
+
+
 def test_startup_files_run_in_order_and_bad_ones_are_passed_over(tmp_path: Path) -> None:
     startup, out = tmp_path / "startup", tmp_path / "out"
     startup.mkdir()

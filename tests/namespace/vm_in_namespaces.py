@@ -73,10 +73,14 @@ class Host(vm_host_pb2_grpc.StartupListenerServicer, vm_crash_pb2_grpc.CrashList
         self.ready = 0
         self.is_ready = asyncio.Event()
         self.crashes: asyncio.Queue[str] = asyncio.Queue()
+        self.inside_vm_ready: Callable[[], Awaitable[None]] | None = None
+        """What a host does before it answers VmReady."""
 
     async def VmReady(self, request: common_pb2.EmptyMessage, context: object) -> Any:
         """From the guest: maitred listens."""
         self.ready += 1
+        if self.inside_vm_ready:
+            await self.inside_vm_ready()
         self.is_ready.set()
         return EMPTY
 
@@ -115,6 +119,10 @@ class Vm:
         vm_crash_pb2_grpc.add_CrashListenerServicer_to_server(self.host, self.server)
         self.server.add_insecure_port(f"unix:{self.directory}/host.sock")
         await self.server.start()
+        self.channel = grpc.aio.insecure_channel(
+            f"unix:{self.directory}/maitred.sock", options=[("grpc.use_local_subchannel_pool", 1)]
+        )
+        self.maitred = vm_guest_pb2_grpc.MaitredStub(self.channel)
         self.console = self.directory / "console"
         script = f'{self._before}\nexec "$@"'
         with self.console.open("wb") as console:
@@ -135,15 +143,10 @@ class Vm:
         except TimeoutError:
             await self.__aexit__()
             raise AssertionError(f"no VmReady: {self.console.read_text()}") from None
-        self.channel = grpc.aio.insecure_channel(
-            f"unix:{self.directory}/maitred.sock", options=[("grpc.use_local_subchannel_pool", 1)]
-        )
-        self.maitred = vm_guest_pb2_grpc.MaitredStub(self.channel)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        if hasattr(self, "channel"):
-            await self.channel.close()
+        await self.channel.close()
         self.process.kill()
         self.process.wait()
         await self.server.stop(None)
