@@ -151,7 +151,7 @@ def _process_options(path: str) -> dict[str, Any]:
     """
     import json
 
-    from agent.process_supervisor.protocol import ProcessSpec, ProtocolError
+    from agent.process_supervisor.client import SupervisorError, check_options
 
     try:
         with open(path, encoding="utf-8") as file:
@@ -163,7 +163,7 @@ def _process_options(path: str) -> dict[str, Any]:
     if said_elsewhere := options.keys() & _FIELDS_OF_THE_REQUEST:
         raise ValueError(f"{path} is no place for {', '.join(sorted(said_elsewhere))}")
     try:
-        ProcessSpec.from_wire({"argv": ["x"], "name": "x", "respawn": True, **options})
-    except ProtocolError as error:
+        check_options(options)
+    except SupervisorError as error:
         raise ValueError(f"{path}: {error}") from None
     return options

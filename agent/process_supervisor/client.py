@@ -118,6 +118,16 @@ def _launch_fields(spec: ProcessSpec, *, wait: bool) -> dict[str, Any]:
     return {**spec.to_wire(), **({"wait": True} if wait else {})}
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises SupervisorError when no launch of a named, respawning process can have these options:
+    fields of ProcessSpec as they stand in JSON.
+    """
+    try:
+        ProcessSpec.from_wire({"argv": ["x"], "name": "x", "respawn": True, **options})
+    except ProtocolError as error:
+        raise SupervisorError(error.code, str(error)) from None
+
+
 class Client:
     """A blocking connection to PID 1, one request at a time. Raises SupervisorError."""
 
