@@ -1,4 +1,4 @@
-"""Devices that appear while the VM runs."""
+"""Devices that appear while the VM runs, and options on its kernel command line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,28 @@ from host.disks import DataDisk
 from host.flows import network_order
 from host.image_server import ImageServer
 from host.qemu import Machine
+from host.vm import Vm
 from tests.vm.vms import boot, new_vm
 
 pytestmark = pytest.mark.timeout(400)
+
+
+_STARTUP_PORT = 7791
+
+
+async def _move_startup_listener(vm: Vm) -> None:
+    """From its usual port to the other one: nobody is told of VmReady at the usual one."""
+    path = await vm.vsock.listen(_STARTUP_PORT)
+    path.with_name(path.name.replace(str(_STARTUP_PORT), "7777")).rename(path)
 
 
 def test_nic_and_disk_plugged_in_later(
     runner: asyncio.Runner, image: GuestImage, image_server: ImageServer, tmp_path: Path
 ) -> None:
     """A NIC and a disk get their names and can be used, without a restart."""
-    machine = Machine(spare_slots=2, words=("maitred.interface=eth1",))
+    machine = Machine(
+        spare_slots=2, words=("maitred.interface=eth1", f"maitred.listen_port={_STARTUP_PORT}")
+    )
     network = vm_guest_pb2.NetworkConfigRequest(
         ipv4_config=vm_guest_pb2.IPv4Config(
             address=network_order("100.64.1.1"),
@@ -38,6 +50,7 @@ def test_nic_and_disk_plugged_in_later(
         with DataDisk(tmp_path / "more.img").open(size=64 << 20) as more:
             async with new_vm(image, tmp_path, image_server, machine=machine) as test_vm:
                 vm = test_vm.vm
+                await _move_startup_listener(vm)
                 await boot(vm)
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await vm.maitred.ConfigureNetwork(network, timeout=20)

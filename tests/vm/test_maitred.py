@@ -147,6 +147,20 @@ def test_users_and_timezone_work_on_a_read_only_root(vm: Vm, runner: asyncio.Run
     runner.run(scenario())
 
 
+def test_programs_of_the_vm_read_the_name_servers_of_the_host(
+    vm: Vm, runner: asyncio.Runner
+) -> None:
+    async def scenario() -> None:
+        config = vm_guest_pb2.ResolvConfig(nameservers=["192.0.2.1"], search_domains=["test"])
+        await vm.maitred.SetResolvConfig(vm_guest_pb2.SetResolvConfigRequest(resolv_config=config))
+        path = "/etc/resolv.conf"
+        assert (await run_in_guest(vm, ["readlink", "-f", path])).output == "/run/resolv.conf\n"
+        done = await run_in_guest(vm, ["cat", path])
+        assert done.output == "nameserver 192.0.2.1\nsearch test\n"
+
+    runner.run(scenario())
+
+
 def test_a_remote_shell_over_vsock(vm: Vm, runner: asyncio.Runner) -> None:
     """A terminal with its size, streams apart without one, and exit codes."""
 
