@@ -10,6 +10,7 @@ import logging
 from urllib.parse import unquote, urlsplit
 
 from agent.pb import tremplin_pb2 as pb
+from agent.tremplin import markers
 from agent.tremplin.life import Life, Turn
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.names import is_reserved
@@ -61,6 +62,8 @@ class Lifecycle:
         self._lives = {name: Life(up=True) for name in up if not is_reserved(name)}
         for name in list(self._checks):
             self._checks.pop(name).cancel()
+        for name in self._lives:
+            self._is_up(name)
         self.changed.set()
 
     def on_event(self, event: dict[str, Any], sent: str) -> None:
@@ -78,6 +81,8 @@ class Lifecycle:
             self._session.in_background(self._compare(name))
         for _ in range(life.take(turn, at)):
             self._is_down(name)
+        if turn is Turn.UP:
+            self._is_up(name)
         self._look_after(name, life)
 
     def settle(self, name: str) -> None:
@@ -133,6 +138,12 @@ class Lifecycle:
             if not runs:
                 self._is_down(name)
             self.changed.set()
+
+    def _is_up(self, name: str) -> None:
+        # Started behind tremplin's back it is in use all the same. Of its own starts it knows.
+        latest = self._session.latest.get(name)
+        if latest is None or latest.method != "StartContainer" or latest.ended.is_set():
+            self._session.in_background(markers.mark_started(self._session.lxd, name))
 
     def _is_down(self, name: str) -> None:
         _log.info("container %s is down", name)

@@ -4,6 +4,11 @@ started: a container of ours that never was is made again.
 
 from __future__ import annotations
 
+import contextlib
+
+from agent.tremplin.lxd_client import LxdNotFoundError
+from agent.tremplin.retry import until_done
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.tremplin.lxd_client import LxdClient
@@ -17,6 +22,20 @@ async def mark(lxd: LxdClient, container: str, *markers: str) -> None:
     # LXD merges what it is given into what is there.
     properties = dict.fromkeys(markers, "true")
     await lxd.request("patch", "instances", container, "metadata", json={"properties": properties})
+
+
+async def mark_started(lxd: LxdClient, container: str) -> None:
+    """Marks a container of ours that has come up, by whatever way; others are left alone.
+
+    Returns when that is done, which LXD may not let happen for long.
+    """
+
+    async def attempt() -> None:
+        with contextlib.suppress(LxdNotFoundError):
+            if await is_unfinished(lxd, container):
+                await mark(lxd, container, SET_UP)
+
+    await until_done(attempt)
 
 
 async def is_ours(lxd: LxdClient, container: str) -> bool:

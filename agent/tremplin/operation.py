@@ -14,10 +14,9 @@ import enum
 import logging
 from abc import ABC, abstractmethod
 
-import tenacity
-
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.lxd_operations import LxdCancelledError
+from agent.tremplin.retry import until_done
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -161,16 +160,14 @@ class Operation(ABC):
 
     async def _undo_later(self) -> None:
         # On a full disk LXD cannot even write down that it removes something.
-        delays = tenacity.wait_exponential(multiplier=0.5, max=10.0)
-        async for attempt in tenacity.AsyncRetrying(
-            wait=delays, retry=tenacity.retry_if_exception_type((LxdError, OSError))
-        ):
-            with attempt:
-                if self.session.latest.get(self.container) is not self:
-                    return  # what came after it has dealt with what it left
-                await self.session.lxd.in_thread(self.session.flush)
-                await self.clean_up()
-        _log.info("cleaned up after %s", self.subject)
+        async def attempt() -> None:
+            if self.session.latest.get(self.container) is not self:
+                return  # what came after it has dealt with what it left
+            await self.session.lxd.in_thread(self.session.flush)
+            await self.clean_up()
+            _log.info("cleaned up after %s", self.subject)
+
+        await until_done(attempt)
 
     async def _outcome(self) -> tuple[Outcome, str]:
         try:

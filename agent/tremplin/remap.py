@@ -16,9 +16,8 @@ import json
 import logging
 import os
 
-import tenacity
-
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
+from agent.tremplin.retry import until_done
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -111,13 +110,7 @@ async def let_go(session: Session, container: str) -> None:
         await attempt()
     except (LxdError, OSError) as error:
         _log.warning("cannot remove the copy of container %s yet: %s", container, error)
-        session.in_background(_repeat(attempt))
-
-
-async def _repeat(attempt: Any) -> None:
-    delays = tenacity.wait_exponential(multiplier=0.5, max=10.0)
-    again = tenacity.retry_if_exception_type((LxdError, OSError))
-    await tenacity.AsyncRetrying(wait=delays, retry=again)(attempt)
+        session.in_background(until_done(attempt))
 
 
 async def tidy(session: Session) -> None:

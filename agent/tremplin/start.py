@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 
@@ -17,6 +18,8 @@ from agent.tremplin.remove import is_busy, token_device, token_path
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.tremplin.session import Session
+
+_log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 2.0
 """A start that is over by then is answered STARTED."""
@@ -60,7 +63,7 @@ class Start(Operation):
             except LxdError as error:
                 raise OperationError(await self._reason(error)) from None
             if not set_up:
-                await markers.mark(self.session.lxd, self.container, markers.SET_UP)
+                await self._mark()
             if self.remapping:
                 await remap.let_go(self.session, self.container)
         finally:
@@ -150,21 +153,34 @@ class Start(Operation):
         # LXD shows a container as stopped before it has let go of it.
         clock = asyncio.get_running_loop().time
         began = clock()
+        action = "start"
         while True:
             try:
                 await self.session.lxd_operations.run(
-                    "put", "instances", self.container, "state", json={"action": "start"}
+                    "put", "instances", self.container, "state", json={"action": action}
                 )
                 return
             except LxdError as error:
                 text = str(error)
                 if "already running" in text:
-                    return
+                    instance = await self.session.instance(self.container)
+                    if instance is None or instance["status"] != "Frozen":
+                        return
+                    action = "unfreeze"
+                    continue
                 network = "unavailable on this server" in text
                 limit = _NETWORK_SECONDS if network else _BUSY_SECONDS
                 if not (network or is_busy(error)) or clock() - began > limit:
                     raise
             await asyncio.sleep(1.0 if network else _POLL_SECONDS)
+
+    async def _mark(self) -> None:
+        try:
+            await markers.mark(self.session.lxd, self.container, markers.SET_UP)
+        except LxdError as error:
+            # It runs, and whoever has begun to use it must not lose it.
+            _log.warning("cannot mark container %s as started yet: %s", self.container, error)
+            self.session.in_background(markers.mark_started(self.session.lxd, self.container))
 
     async def _reason(self, error: LxdError) -> str:
         # LXD itself says only that its helper failed; the reason is in the log of liblxc.

@@ -236,6 +236,31 @@ def test_disk_full(tremplin: Tremplin) -> None:
     _works_now(tremplin, "full")
 
 
+def _is_marked(tremplin: Tremplin, name: str) -> bool:
+    metadata = tremplin.machine.api.instances[name].metadata.get().json()["metadata"]
+    return "tremplinSetupFinished" in metadata["properties"]
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_started_by_somebody_else(tremplin: Tremplin, *, watched: bool) -> None:
+    """A container that was in use is never made again, whoever started it, seen or not."""
+    tremplin.create("theirs")
+    if not watched:
+        tremplin.kill()
+    tremplin.machine.run("lxc", "start", "theirs")
+    if not watched:
+        tremplin.start()
+    wait_until(lambda: _is_marked(tremplin, "theirs"), "the mark")
+    tremplin.machine.run("lxc", "stop", "--force", "theirs")
+    answer = tremplin.call(
+        "CreateContainer",
+        container_name="theirs",
+        image_server=tremplin.machine.new_server(),
+        image_alias="busybox",
+    )
+    assert answer.status == pb.CreateContainerResponse.EXISTS
+
+
 def test_unfinished_is_made_again(tremplin: Tremplin) -> None:
     """A container of ours that was never started is made again; others are whole."""
     tremplin.create("again")
