@@ -75,6 +75,7 @@ class Create(Operation):
 
     async def work(self) -> None:
         """See Operation."""
+        await self.session.ended("DeleteContainer", self.container)
         self._percent = self.notes.get("percent", -1)
         if self.resumed and await self._is_there():
             return

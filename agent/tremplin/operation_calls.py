@@ -75,12 +75,13 @@ class OperationCalls(TremplinServicer):
                 return _create_failed(name, problem)
             if self._session.operation(Create, name):
                 return pb.CreateContainerResponse(status=pb.CreateContainerResponse.CREATING)
-            instance = await self._session.instance(name)
+            deleted = self._session.operation(Delete, name) is not None
+            instance = None if deleted else await self._session.instance(name)
             if instance is not None and await self._is_whole(instance):
                 return pb.CreateContainerResponse(status=pb.CreateContainerResponse.EXISTS)
         except LxdError as error:
             return _create_failed(name, error)
-        self._begin(Create, request, context).name_is_free = instance is None
+        self._begin(Create, request, context).name_is_free = instance is None and not deleted
         return pb.CreateContainerResponse(status=pb.CreateContainerResponse.CREATING)
 
     async def _is_whole(self, instance: dict[str, Any]) -> bool:

@@ -82,8 +82,10 @@ def test_long_start(
     assert told == [_PROGRESS.STARTING] * (len(told) - 1) + [_PROGRESS.STARTED]
 
 
-def test_start_while_it_is_deleted(stopped: Tremplin) -> None:
-    """It is refused, not begun behind the deletion, which is held up by a start of a stranger's."""
+def test_while_it_is_deleted(stopped: Tremplin) -> None:
+    """A start is refused, a creation waits its turn. What holds the deletion up is a start by a
+    stranger.
+    """
     host, machine = stopped.host, stopped.machine
     with machine.gate("held") as gate:
         stranger = machine.spawn("lxc", "start", "held", stderr=subprocess.DEVNULL)
@@ -94,10 +96,25 @@ def test_start_while_it_is_deleted(stopped: Tremplin) -> None:
         answer = stopped.call("StartContainer", container_name="held")
         assert answer.status == _ANSWER.FAILED
         assert answer.failure_reason == "cannot start container held: it is being deleted"
+        created = len(host.reports)
+        creation = stopped.call(
+            "CreateContainer",
+            container_name="held",
+            image_server=machine.new_server(),
+            image_alias="busybox",
+        )
+        assert creation.status == pb.CreateContainerResponse.CREATING
     told = host.wait_for("UpdateDeletionStatus", container="held", after=before)
     assert told.message.status == pb.ContainerDeletionProgress.DELETED
+    made = host.wait_for(
+        "UpdateCreateStatus",
+        container="held",
+        not_status=pb.ContainerCreationProgress.DOWNLOADING,
+        after=created,
+    )
+    assert made.message.status == pb.ContainerCreationProgress.CREATED
     stranger.wait()
-    assert machine.containers() == {}
+    assert machine.containers() == {"held": "Stopped"}
 
 
 _HOLD_PORT = """
