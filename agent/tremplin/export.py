@@ -12,6 +12,7 @@ import threading
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin.lxd_client import LxdNotFoundError
 from agent.tremplin.operation import Operation, OperationError, Outcome
+from agent.tremplin.paths import path_problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -150,8 +151,8 @@ class Export(Operation):
 
 def export_problem(path: str) -> str:
     """Why nothing can be exported to path, or ""; blocks."""
-    if not os.path.isabs(path):
-        return "export_path is not an absolute path"
+    if problem := path_problem("export_path", path):
+        return problem
     if os.path.isdir(path):
         return f"{path} is a directory"
     directory = os.path.dirname(path)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 from agent.tremplin.operation import OperationError
+from agent.tremplin.paths import path_problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ def source_problem(source: FromServer | FromFiles) -> str:
 
 def files_problem(source: FromFiles) -> str:
     """Why a container cannot be made from these files, or ""."""
-    for path in source:
-        if not os.path.isabs(path):
-            return f"{path or 'one of the paths'} is not an absolute path"
+    for field, path in zip(source._fields, source, strict=True):
+        if problem := path_problem(field, path):
+            return problem
         try:
             with open(path, "rb"):
                 pass

@@ -15,6 +15,7 @@ from agent.pb import tremplin_pb2 as pb
 from agent.tremplin import markers
 from agent.tremplin.names import IMPORTING, REPLACED
 from agent.tremplin.operation import Operation, OperationError, Outcome
+from agent.tremplin.paths import path_problem
 from agent.tremplin.remove import remove_container
 
 TYPE_CHECKING = False
@@ -214,8 +215,8 @@ async def _rename(session: Session, old: str, new: str) -> None:
 
 def import_problem(path: str) -> str:
     """Why path cannot be imported, or ""; blocks."""
-    if not os.path.isabs(path):
-        return "import_path is not an absolute path"
+    if problem := path_problem("import_path", path):
+        return problem
     try:
         read_architecture(path)
     except (OSError, OperationError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -67,6 +67,49 @@ def test_debug_info(running: Tremplin) -> None:
         assert part in text
     assert "rumpelstilz" not in text
     assert "rumpelstilz" not in running.log.read_text()
+
+
+_TEXTS = ("", "\0", "/a\0b", "../..", "%s", "\u20ac", "x" * 70_000)
+
+
+def _filled(message: Any, text: str, kept: dict[str, str]) -> None:
+    for field in message.DESCRIPTOR.fields:
+        if field.type != field.TYPE_STRING or field.name in kept:
+            continue
+        if field.is_repeated:
+            getattr(message, field.name).append(text)
+        else:
+            setattr(message, field.name, text)
+    for name, value in kept.items():
+        if name in message.DESCRIPTOR.fields_by_name:
+            setattr(message, name, value)
+
+
+@pytest.mark.parametrize("name", ["", "rest"])
+def test_any_text(running: Tremplin, name: str) -> None:
+    """Hosts abort on a gRPC status that they do not expect: every text is answered with OK, and
+    changes nothing.
+    """
+    kept = {"container_name": name} if name else {}
+    before = running.machine.run("lxc", "query", "/1.0/instances/rest")
+    for method in pb.DESCRIPTOR.services_by_name["Tremplin"].methods:
+        if method.name == "DeleteContainer" or (name and method.name == "StopContainer"):
+            continue
+        for text in _TEXTS:
+            request = getattr(pb, method.input_type.name)()
+            _filled(request, text, kept)
+            getattr(running.stub, method.name)(request, timeout=60)
+    assert running.machine.run("lxc", "query", "/1.0/instances/rest") == before
+
+
+def test_frozen(running: Tremplin) -> None:
+    """A start is what a container that somebody paused needs to run."""
+    running.machine.run("lxc", "pause", "rest")
+    before = len(running.host.reports)
+    running.call("StartContainer", container_name="rest")
+    told = running.host.wait_for("UpdateStartStatus", container="rest", after=before)
+    assert told.message.status == pb.ContainerStartProgress.STARTED
+    assert running.machine.containers() == {"rest": "Running"}
 
 
 def test_host_network_changed(running: Tremplin) -> None:
