@@ -4,6 +4,7 @@ that LXD's start and tremplin's own imports run side by side.
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from agent.process_supervisor.client import Client, SupervisorError
@@ -43,7 +44,7 @@ def launch(options: Options) -> str:
         return "PID 1 is not ours here; waiting for an LXD that somebody else starts"
     os.makedirs(lxd_dir, mode=0o711, exist_ok=True)
     os.makedirs(options["tremplin.lxd_conf"], mode=0o700, exist_ok=True)
-    with Client.connect(run_dir, timeout=_SUPERVISOR_SECONDS) as client:
+    with _connected(run_dir) as client:
         if not _was_launched(client):
             power_cut.put_right(lxd_dir, run_dir)
         launched = client.launch(
@@ -58,6 +59,13 @@ def launch(options: Options) -> str:
     return "LXD is running already" if launched.existing else "LXD is being started"
 
 
+def start_again(run_dir: str) -> None:
+    """Has PID 1 of ours start an LXD that was stopped, or died too often to be started again."""
+    with contextlib.suppress(SupervisorError), _connected(run_dir) as client:
+        if client.info(_NAME)["pid"] is None:
+            client.start(_NAME)
+
+
 def stop(run_dir: str) -> bool:
     """Has LXD stop the containers and end, when PID 1 of ours runs it; whether that is so.
 
@@ -65,11 +73,15 @@ def stop(run_dir: str) -> bool:
     both ways waits for containers that are down already until boot.host_shutdown_timeout is over.
     """
     try:
-        with Client.connect(run_dir, timeout=_SUPERVISOR_SECONDS) as client:
+        with _connected(run_dir) as client:
             client.signal(_NAME, _STOP_SIGNAL)
     except SupervisorError:
         return False
     return True
+
+
+def _connected(run_dir: str) -> Client:
+    return Client.connect(run_dir, timeout=_SUPERVISOR_SECONDS)
 
 
 def _was_launched(client: Client) -> bool:
@@ -101,4 +113,4 @@ def _group_exists(name: str) -> bool:
         return False
 
 
-__all__ = ["SupervisorError", "environment", "launch", "stop"]
+__all__ = ["SupervisorError", "environment", "launch", "start_again", "stop"]

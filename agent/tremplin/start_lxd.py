@@ -1,10 +1,11 @@
-"""StartLxd: waiting for an LXD that died, or a new database for it."""
+"""StartLxd: an LXD that died or was stopped, or a new database for it."""
 
 from __future__ import annotations
 
 import asyncio
 
 from agent.pb import tremplin_pb2 as pb
+from agent.tremplin import lxd_process
 from agent.tremplin.lxd_recovery import database_identity, reset_database
 from agent.tremplin.lxd_setup import set_up_lxd
 from agent.tremplin.operation import Operation, OperationError, Outcome
@@ -31,6 +32,7 @@ class StartLxd(Operation):
         if self.request.reset_lxd_db:
             await self._reset()
             return
+        await asyncio.to_thread(lxd_process.start_again, self.session.settings.run_dir)
         try:
             async with asyncio.timeout(_LXD_SECONDS):
                 await self.session.lxd_is_up.wait()

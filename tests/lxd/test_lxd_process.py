@@ -98,6 +98,17 @@ def test_lxd_dies(supervised: _SupervisedTremplin) -> None:
     assert machine.containers() == {"kept": "Stopped"}
 
 
+def test_lxd_was_stopped(supervised: _SupervisedTremplin) -> None:
+    """PID 1 starts it no more by itself; the host has it started."""
+    before = len(supervised.host.reports)
+    with supervised.supervisor() as client:
+        client.stop("lxd")
+    assert supervised.call("StartLxd").status == pb.StartLxdResponse.STARTING
+    told = supervised.host.wait_for("UpdateStartLxdStatus", after=before)
+    assert told.message.status == LXD.STARTED
+    assert supervised.machine.containers() == {"kept": "Stopped"}
+
+
 def _works(supervised: _SupervisedTremplin) -> None:
     assert supervised.machine.containers() == {"kept": "Stopped"}
     before = len(supervised.host.reports)
