@@ -7,6 +7,7 @@ primary user appears when everything else is there, and what is missing is made 
 
 from __future__ import annotations
 
+import contextlib
 import posixpath
 import stat
 
@@ -20,12 +21,13 @@ from agent.tremplin.accounts import (
     User,
     find_user,
     plan,
+    without_name,
 )
 from agent.tremplin.container_files import ClosedError, ContainerFiles
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _SHELLS = ("/bin/bash", "/bin/sh")
 _NO_SHELLS = ("/usr/sbin/nologin", "/sbin/nologin", "/bin/false")
@@ -57,7 +59,7 @@ def set_up_user(
     """Makes the accounts and the primary user's home, as far as they are missing.
 
     socket_path: LXD's. flush: puts what was written to the disk, before it takes its place.
-    Raises AccountError, OSError; their text holds no person's name unless it is a path's.
+    Raises AccountError, OSError; their text names no person but the one that was asked for.
     """
     with ContainerFiles(socket_path, container) as files:
         before = _read_accounts(files)
@@ -67,8 +69,9 @@ def set_up_user(
             shell=_first_there(files, _SHELLS),
             no_shell=_first_there(files, _NO_SHELLS),
         )
-        _make_home(files, wanted.user)
-        _make_linger(files, wanted.user)
+        with _nameless(wanted.user.name):
+            _make_home(files, wanted.user)
+            _make_linger(files, wanted.user)
         changed = [
             name for name in _WRITE_ORDER if getattr(before, name) != getattr(wanted.files, name)
         ]
@@ -84,6 +87,17 @@ def read_primary_user(socket_path: str, container: str) -> User | None:
     """The container's user with uid 1000. Raises OSError."""
     with ContainerFiles(socket_path, container) as files:
         return find_user(_decode(files.read("/etc/passwd")), PRIMARY_ID)
+
+
+@contextlib.contextmanager
+def _nameless(name: str) -> Iterator[None]:
+    # The paths of homes are full of names, and a user that was there has another than the host's.
+    try:
+        yield
+    except ClosedError:
+        raise
+    except OSError as error:
+        raise AccountError(without_name(str(error), name)) from None
 
 
 def _read_accounts(files: ContainerFiles) -> AccountFiles:

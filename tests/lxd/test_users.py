@@ -137,6 +137,20 @@ def test_trees(tremplin: Tremplin, kind: str) -> None:
     assert mode == "640"
 
 
+def test_nobody_is_named(tremplin: Tremplin) -> None:
+    """Neither who was asked for nor who was there already, whose home cannot be made."""
+    _create(tremplin, _TREES["ubuntu"])
+    rootfs = tremplin.machine.lxd_dir / "storage-pools/default/containers/users/rootfs"
+    tremplin.machine.run("sh", "-c", f"cd {rootfs}; rm -r home; echo no directory >home")
+    answer = _set_up(tremplin)
+    assert answer.status == _STATUS.FAILED
+    assert answer.failure_reason.startswith("cannot set up the user of container users: ")
+    log = tremplin.log.read_text().rpartition("cannot set up")[2]
+    for text in (answer.failure_reason, log):
+        assert "ubuntu" not in text
+        assert "emma" not in text
+
+
 def test_tremplin_killed_in_the_middle(tremplin: Tremplin) -> None:
     """Whatever was written, the files are old or new, and a second time completes them."""
     tree = _TREES["debian"]
