@@ -87,14 +87,13 @@ def test_tremplin_killed_while_starting_and_stopping(tremplin: Tremplin) -> None
     host = tremplin.host
     tremplin.create("power", alias="busybox")
     before = len(host.reports)
-    start = tremplin.stub.StartContainer.future(
-        pb.StartContainerRequest(container_name="power", token="t"), timeout=60
-    )
-    wait_until(
-        lambda: "power_token" in tremplin.machine.run("ls", "/run/tokens", check=False), "the token"
-    )
-    tremplin.kill()
-    assert start.exception() is not None
+    with tremplin.machine.gate("power") as gate:
+        start = tremplin.stub.StartContainer.future(
+            pb.StartContainerRequest(container_name="power", token="t"), timeout=60
+        )
+        wait_until(gate.reached, "the middle of the start")
+        tremplin.kill()
+        assert start.exception() is not None
     tremplin.start()
     started = host.wait_for("UpdateStartStatus", container="power", after=before)
     assert started.message.status == pb.ContainerStartProgress.STARTED
