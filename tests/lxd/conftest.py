@@ -51,6 +51,8 @@ def shared_tremplin(machine: Machine, host: Host) -> Tremplin:
 @pytest.fixture
 def tremplin(shared_tremplin: Tremplin) -> Iterator[Tremplin]:
     """Tremplin on an LXD without containers; both run again after a test that killed them."""
+    # Of a container with the same name, perhaps.
+    shared_tremplin.host.reports.clear()
     yield shared_tremplin
     shared_tremplin.host.hooks.clear()
     machine = shared_tremplin.machine

@@ -87,7 +87,6 @@ def _no_trace(tremplin: Tremplin, containers: dict[str, str]) -> None:
 @pytest.mark.parametrize("moment", _MOMENTS)
 def test_tremplin_killed(tremplin: Tremplin, moment: str) -> None:
     """It is carried on to one CREATED."""
-    tremplin.host.reports.clear()
     before = _begin(tremplin)
     with _lxd_held_at(tremplin, moment):
         tremplin.kill()
@@ -99,7 +98,6 @@ def test_tremplin_killed(tremplin: Tremplin, moment: str) -> None:
 @pytest.mark.parametrize("moment", _MOMENTS)
 def test_lxd_killed(tremplin: Tremplin, moment: str) -> None:
     """FAILED, nothing is left, and the next creation works."""
-    tremplin.host.reports.clear()
     before = _begin(tremplin)
     with _lxd_held_at(tremplin, moment):
         tremplin.machine.kill_lxd()

@@ -31,7 +31,6 @@ _LONG = pytest.mark.skipif(
 @pytest.fixture
 def running(tremplin: Tremplin) -> Tremplin:
     """Tremplin with a running container `life`."""
-    tremplin.host.reports.clear()
     tremplin.create("life")
     tremplin.call("StartContainer", container_name="life")
     tremplin.host.wait_for("UpdateStartStatus", container="life")
