@@ -302,13 +302,8 @@ def test_clean_power_off_and_second_boot(
     """The VM goes down by itself to the last line; booted again, the container is found."""
     test_vm, first = up
 
-    recorder = test_vm.vm.recorder
-
     async def scene() -> Reached:
-        before = len(recorder.of("ContainerShutdown"))
         assert await test_vm.vm.shut_down(), test_vm.vm.console.last_lines(20)
-        (down,) = recorder.of("ContainerShutdown")[before:]
-        assert down.container_name == "penguin"
         test_vm.history.clear()
         second = await test_vm.bring_up()
         assert await test_vm.vm.shut_down(), test_vm.vm.console.last_lines(20)
