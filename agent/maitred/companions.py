@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from agent.maitred.supervisor import Supervisor
     from agent.options import Options
 
-_LOG_FORWARDER_STOP_SECONDS = 3.0
+_LOG_FORWARDER_STOP_SECONDS = 5.0
+"""It gives its last records 2 s, and in an emulated guest takes over one to end after that."""
 
 
 async def launch(options: Options, supervisor: Supervisor) -> None:
