@@ -363,8 +363,5 @@ def _ports_of_many(machine: Machine, tremplin: Tremplin, names: list[str]) -> fl
 
 
 def _rss(machine: Machine, tremplin: Tremplin) -> float:
-    pid = machine.inner_pid(tremplin.process)
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
+    resident: int = psutil.Process(machine.inner_pid(tremplin.process)).memory_info().rss
+    return resident / 1024 / 1024

@@ -72,7 +72,8 @@ def find_program(name: str) -> str:
     if name.startswith("/"):
         return name
     error = errno.ENOENT
-    for directory in DEFAULT_PATH.split(":") if "/" not in name else ():
+    directories = [] if "/" in name else DEFAULT_PATH.split(":")
+    for directory in directories:
         path = f"{directory}/{name}"
         if os.path.isfile(path):
             if os.access(path, os.X_OK):

@@ -62,7 +62,7 @@ def source_problem(source: FromServer | FromFiles) -> str:
 
 def files_problem(source: FromFiles) -> str:
     """Why a container cannot be made from these files, or ""."""
-    for field, path in zip(source._fields, source, strict=True):
+    for field, path in source._asdict().items():
         if problem := path_problem(field, path):
             return problem
         try:

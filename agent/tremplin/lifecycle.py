@@ -141,8 +141,7 @@ class Lifecycle:
 
     def _is_up(self, name: str) -> None:
         # Started behind tremplin's back it is in use all the same. Of its own starts it knows.
-        latest = self._session.latest.get(name)
-        if latest is None or latest.method != "StartContainer" or latest.ended.is_set():
+        if not self._session.begun_by("StartContainer", name):
             self._session.in_background(markers.mark_started(self._session.lxd, name))
 
     def _is_down(self, name: str) -> None:

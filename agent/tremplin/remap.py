@@ -17,7 +17,7 @@ import logging
 import os
 
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
-from agent.tremplin.retry import until_done
+from agent.tremplin.retry import now_or_later
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -106,11 +106,7 @@ async def let_go(session: Session, container: str) -> None:
         await session.lxd.in_thread(_forget, _note(session, container))
         await _remove(session, container)
 
-    try:
-        await attempt()
-    except (LxdError, OSError) as error:
-        _log.warning("cannot remove the copy of container %s yet: %s", container, error)
-        session.in_background(until_done(attempt))
+    await now_or_later(session, f"remove the copy of container {container}", attempt)
 
 
 async def tidy(session: Session) -> None:

@@ -107,11 +107,18 @@ class Session:
         finally:
             os.close(descriptor)
 
+    def begun_by(self, method: str, container: str) -> list[Operation]:
+        """The operations begun by that RPC that are under way on a container."""
+        return [
+            operation
+            for operation in self.running
+            if operation.method == method and operation.container == container
+        ]
+
     async def ended(self, method: str, container: str) -> None:
         """Returns when no operation begun by that RPC is under way on a container."""
-        for operation in list(self.running):
-            if operation.method == method and operation.container == container:
-                await operation.ended.wait()
+        for operation in self.begun_by(method, container):
+            await operation.ended.wait()
 
     async def instance(self, container: str) -> dict[str, Any] | None:
         """LXD's description of a container, or None. Raises LxdError."""

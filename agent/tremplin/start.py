@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import os
 import re
 
@@ -14,12 +14,11 @@ from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.operation import Operation, OperationError, Outcome
 from agent.tremplin.os_release import read_os_release
 from agent.tremplin.remove import is_busy, token_device, token_path
+from agent.tremplin.retry import now_or_later
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.tremplin.session import Session
-
-_log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 2.0
 """A start that is over by then is answered STARTED."""
@@ -175,12 +174,12 @@ class Start(Operation):
             await asyncio.sleep(1.0 if network else _POLL_SECONDS)
 
     async def _mark(self) -> None:
-        try:
-            await markers.mark(self.session.lxd, self.container, markers.SET_UP)
-        except LxdError as error:
-            # It runs, and whoever has begun to use it must not lose it.
-            _log.warning("cannot mark container %s as started yet: %s", self.container, error)
-            self.session.in_background(markers.mark_started(self.session.lxd, self.container))
+        async def attempt() -> None:
+            with contextlib.suppress(LxdNotFoundError):
+                await markers.mark(self.session.lxd, self.container, markers.SET_UP)
+
+        # It runs, and whoever has begun to use it must not lose it.
+        await now_or_later(self.session, f"mark container {self.container} as started", attempt)
 
     async def _reason(self, error: LxdError) -> str:
         # LXD itself says only that its helper failed; the reason is in the log of liblxc.

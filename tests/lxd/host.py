@@ -120,6 +120,17 @@ class Host:
         ]
 
 
+def start_is_cut_off(call: Any) -> bool:
+    """Whether a call of StartContainer, which tremplin was killed in, ends without having said how
+    the start ended: in an error or, if tremplin was slow, in an answer that it was still at it.
+    """
+    statuses = pb.StartContainerResponse
+    return call.exception() is not None or call.result().status in {
+        statuses.STARTING,
+        statuses.REMAPPING,
+    }
+
+
 class Tremplin:
     """A tremplin in the machine, and the host's stub for it."""
 
