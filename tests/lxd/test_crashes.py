@@ -150,6 +150,9 @@ def test_lxd_killed_while_containers_run(tremplin: Tremplin) -> None:
         pb.StartLxdResponse.FAILED,
     }
     machine.run("kill", "-KILL", str(init))
+    # LXD 5.0.2 dies of a nil pointer (onStop) when it is told of this too early in its start.
+    monitor = ("pgrep", "-f", "lxc monitor.* goes$")
+    wait_until(lambda: not machine.run(*monitor, check=False), "the end of the container's monitor")
     machine.start_lxd()
     host.wait_for("ContainerShutdown", container="goes", after=before)
     info = tremplin.call("GetContainerInfo", container_name="stays")
