@@ -7,7 +7,8 @@ import logging
 import os
 import re
 
-from agent.maitred import block_device, mount_table, stateful_disk, storage_balloon
+from agent import mount_table
+from agent.maitred import block_device, stateful_disk, storage_balloon
 from agent.maitred.commands import run
 from agent.maitred.errors import CallError, Failed, NotNow
 from agent.pb import vm_guest_pb2

@@ -8,8 +8,8 @@ import logging
 import os
 import struct
 
-from agent import syscalls
-from agent.maitred import block_device, mount_table, storage_balloon
+from agent import mount_table, syscalls
+from agent.maitred import block_device, storage_balloon
 from agent.maitred.errors import CallError
 from agent.maitred.mount_target import open_target
 

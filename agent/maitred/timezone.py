@@ -6,8 +6,7 @@ import os
 import re
 import stat
 
-from agent import syscalls
-from agent.maitred import mount_table
+from agent import mount_table, syscalls
 from agent.maitred.errors import BadRequest, Failed
 
 _ZONES = "/usr/share/zoneinfo"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import fcntl
 import os
 
-from agent import syscalls
+from agent import mount_table, syscalls
 from agent.console import write_line
 from agent.process_supervisor.loop import report
 from agent.process_supervisor.shutdown import summary
@@ -55,7 +55,7 @@ def _swap_off() -> None:
         areas = [line.split()[0] for line in file.readlines()[1:]]
     for area in areas:
         try:
-            syscalls.swapoff(_unescape(area))
+            syscalls.swapoff(mount_table.unescape(area))
         except OSError as error:
             write_line("init", f"cannot switch swap {area} off: {error.strerror}")
 
@@ -74,31 +74,18 @@ def _detach_loop_devices() -> None:
                 write_line("init", f"cannot detach {name}: {error.strerror}")
 
 
-def _unescape(path: str) -> str:
-    r"""A path from /proc/self/mountinfo or /proc/swaps, with \040 for a space, proc(5)."""
-    return os.fsdecode(
-        path.encode("utf-8", "surrogateescape").decode("unicode_escape").encode("latin-1")
-    )
-
-
-def mount_points() -> list[tuple[str, str]]:
-    """What is mounted where: (mount point, filesystem type) in the order of mounting."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
-        lines = [line.split() for line in file]
-    return [(_unescape(words[4]), words[words.index("-") + 1]) for words in lines]
-
-
 def _unmount_all() -> list[str]:
     """Unmounts in reverse order until nothing more goes; what is left.
 
     The root is made read-only instead of unmounted: this program runs from it.
     """
-    mounted = mount_points()
-    in_memory = {target for target, fstype in mounted if fstype == "tmpfs"}
+    mounted = mount_table.read()
+    in_memory = {mount.target for mount in mounted if mount.fstype == "tmpfs"}
     targets = [
-        target
-        for target, _fstype in mounted
-        if target != "/" and not any(f"{target}/".startswith(f"{kept}/") for kept in _KEPT)
+        mount.target
+        for mount in mounted
+        if mount.target != "/"
+        and not any(f"{mount.target}/".startswith(f"{kept}/") for kept in _KEPT)
     ]
     targets.reverse()
     reasons: dict[str, str] = {}

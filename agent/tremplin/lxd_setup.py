@@ -9,6 +9,7 @@ import logging
 import os
 import stat
 
+from agent import mount_table
 from agent.tremplin.lxd_client import LxdNotFoundError
 
 TYPE_CHECKING = False
@@ -54,7 +55,8 @@ async def _set_up_pool(session: Session) -> None:
 
 def btrfs_source(settings: Settings) -> str | None:
     """Where the storage pool is when LXD's directory is on a btrfs, which it is in the VM."""
-    if not _is_btrfs(settings.lxd_dir):
+    mount = mount_table.under(os.path.realpath(settings.lxd_dir))
+    if mount is None or mount.fstype != "btrfs":
         return None
     return f"{settings.lxd_dir}/storage-pools/default"
 
@@ -190,15 +192,3 @@ def _read(path: str) -> str:
             return file.read()
     except OSError:
         return ""
-
-
-def _is_btrfs(path: str) -> bool:
-    # stat(1) of coreutils calls statfs(2), which Python does not have; /proc/mounts says as much.
-    best = ("", "")
-    for line in _read("/proc/self/mounts").splitlines():
-        fields = line.split(" ")
-        target = fields[1].replace("\\040", " ")
-        inside = path == target or path.startswith(target.rstrip("/") + "/")
-        if inside and len(target) >= len(best[0]):
-            best = (target, fields[2])
-    return best[1] == "btrfs"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.maitred import ipv4, mount_table, mounts, processes, resolv_conf, startup, termina
+from agent.maitred import ipv4, mounts, processes, resolv_conf, startup, termina
 from agent.maitred.errors import BadRequest
 from agent.option_table import ALL
 from agent.options import UnixAddress, VsockAddress, parse
@@ -186,11 +186,3 @@ def test_mount_requests_that_no_kernel_takes() -> None:
     ):
         with pytest.raises(OSError, match=r"."):
             mounts.check(bad)
-
-
-def test_a_line_of_mountinfo() -> None:
-    line = r"36 35 98:0 /a\040b /mnt\0112 rw,noatime shared:1 - ext3 /dev/root rw,errors=continue"
-    mount = mount_table.Mount(line + "\n")
-    assert (mount.root, mount.target, mount.device) == ("/a b", "/mnt\t2", "98:0")
-    assert (mount.fstype, mount.source) == ("ext3", "/dev/root")
-    assert mount.super_options == "rw,errors=continue"
