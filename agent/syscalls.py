@@ -7,61 +7,47 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
-# mount(2), linux/mount.h
+# mount(2), linux/mount.h: those that are used here
 MS_RDONLY = 1
 MS_NOSUID = 2
 MS_NODEV = 4
 MS_NOEXEC = 8
-MS_SYNCHRONOUS = 16
 MS_REMOUNT = 32
-MS_MANDLOCK = 64
-MS_DIRSYNC = 128
-MS_NOSYMFOLLOW = 256
-MS_NOATIME = 1024
-MS_NODIRATIME = 2048
 MS_BIND = 4096
-MS_MOVE = 8192
 MS_REC = 16384
-MS_SILENT = 32768
-MS_POSIXACL = 1 << 16
-MS_UNBINDABLE = 1 << 17
-MS_PRIVATE = 1 << 18
-MS_SLAVE = 1 << 19
 MS_SHARED = 1 << 20
-MS_RELATIME = 1 << 21
-MS_STRICTATIME = 1 << 24
-MS_LAZYTIME = 1 << 25
 
 # umount2(2), sys/mount.h
-MNT_FORCE = 1
 MNT_DETACH = 2
-MNT_EXPIRE = 4
 UMOUNT_NOFOLLOW = 8
 
 # reboot(2), linux/reboot.h
 _REBOOT_POWER_OFF = 0x4321FEDC
-_REBOOT_RESTART = 0x01234567
 _REBOOT_CAD_OFF = 0x00000000
 
+# openat2(2), linux/openat2.h; the C library has no function for it
+_SYS_OPENAT2 = 437  # on every architecture
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_IN_ROOT = 0x10
 
-def _check(result: int, *names: str) -> None:
-    if result != 0:
+
+def _check(result: int, *name: str) -> None:
+    # name: of the file it was about, if it was.
+    if result < 0:
         number = ctypes.get_errno()
-        # OSError(errno, text, name, winerror, name2)
-        raise OSError(
-            number, os.strerror(number), *names[:1], *((None, names[1]) if names[1:] else ())
-        )
+        raise OSError(number, os.strerror(number), *name)
 
 
 def mount(source: str, target: str, fstype: str, flags: int = 0, options: str = "") -> None:
-    """Mounts a filesystem; see the manual page mount in section 2.
+    """Mounts a filesystem, moves or changes a mount.
 
     source: device, directory or name; target: directory or file; fstype: "" for none;
     flags: MS_*; options: comma-separated, as the filesystem wants them.
-    Raises OSError, its filename the target.
+    Raises OSError, its filename the target. Source: mount(2).
     """
     result = _libc.mount(
         os.fsencode(source),
@@ -82,16 +68,33 @@ def umount(target: str, flags: int = 0) -> None:
 
 
 def ioctl(descriptor: int, request: int, argument: bytes) -> bytes:
-    """Has a device or file do something; see the manual page in section 2.
+    """Has a device or file do something.
 
     The result is the argument, a structure, as the kernel left it. Unlike in fcntl.ioctl(), other
-    threads run meanwhile however large it is. Raises OSError.
+    threads run meanwhile however large it is. Raises OSError. Source: ioctl(2).
     """
     buffer = ctypes.create_string_buffer(argument, len(argument))
-    result = _libc.ioctl(ctypes.c_int(descriptor), ctypes.c_ulong(request), buffer)
-    if result < 0:
-        _check(result)
+    _check(_libc.ioctl(ctypes.c_int(descriptor), ctypes.c_ulong(request), buffer))
     return buffer.raw
+
+
+def open_in_root(root: int, path: str, flags: int) -> int:
+    """Opens a file that is there as chroot(2) to a directory would: no link leads out. openat2(2).
+
+    root: descriptor of the directory; flags: os.O_*. Raises OSError, its filename the path.
+    """
+    # struct open_how: flags, mode and resolve, 64 bits each.
+    resolve = _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS
+    how = b"".join(number.to_bytes(8, sys.byteorder) for number in (flags, 0, resolve))
+    descriptor: int = _libc.syscall(
+        ctypes.c_long(_SYS_OPENAT2),
+        ctypes.c_int(root),
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.c_char_p(how),
+        ctypes.c_size_t(len(how)),
+    )
+    _check(descriptor, path)
+    return descriptor
 
 
 def syncfs(descriptor: int) -> None:
@@ -118,22 +121,12 @@ def swapoff(path: str) -> None:
     _check(_libc.swapoff(os.fsencode(path)), path)
 
 
-def pivot_root(new_root: str, put_old: str) -> None:
-    """Makes new_root the root and puts the old one at put_old. Raises OSError with both names."""
-    _check(_libc.pivot_root(os.fsencode(new_root), os.fsencode(put_old)), new_root, put_old)
-
-
 def power_off() -> None:
     """Ends the machine, or the calling PID namespace: reboot(2). Does not sync.
 
     Raises OSError.
     """
     _check(_libc.reboot(ctypes.c_int(_REBOOT_POWER_OFF)))
-
-
-def restart() -> None:
-    """Boots the machine again: reboot(2). Does not sync. Raises OSError."""
-    _check(_libc.reboot(ctypes.c_int(_REBOOT_RESTART)))
 
 
 def disable_ctrl_alt_del() -> None:

@@ -4,28 +4,15 @@ neither a file server of LXD has to be started nor the container to run.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import stat
 
 from agent.pb import tremplin_pb2 as pb
+from agent.syscalls import open_in_root
 
 _PATHS = ("etc/os-release", "usr/lib/os-release")
 _LARGEST = 64 * 1024
-_SYS_OPENAT2 = 437
-"""The same number on every architecture."""
-_RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
-
-
-class _OpenHow(ctypes.Structure):
-    """struct open_how, openat2(2)."""
-
-    _fields_ = (
-        ("flags", ctypes.c_uint64),
-        ("mode", ctypes.c_uint64),
-        ("resolve", ctypes.c_uint64),
-    )
 
 
 def read_os_release(lxd_dir: str, container: str) -> pb.OsRelease:
@@ -68,22 +55,8 @@ def parse_os_release(text: str) -> pb.OsRelease:
 
 def _read_below(directory: int, path: str) -> str:
     # The container decides what is there: a link must not lead out of it, nor a FIFO block.
-    how = _OpenHow(
-        flags=os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY,
-        mode=0,
-        resolve=_RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS,
-    )
-    library = ctypes.CDLL(None, use_errno=True)
-    descriptor = library.syscall(
-        ctypes.c_long(_SYS_OPENAT2),
-        ctypes.c_int(directory),
-        ctypes.c_char_p(path.encode()),
-        ctypes.byref(how),
-        ctypes.c_size_t(ctypes.sizeof(how)),
-    )
-    if descriptor < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number), path)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    descriptor = open_in_root(directory, path, flags)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(f"{path} is not a file")

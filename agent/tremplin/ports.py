@@ -13,7 +13,7 @@ import logging
 import os
 
 from agent.pb import tremplin_pb2 as pb
-from agent.tremplin.listeners import listening_ports
+from agent.tremplin.sock_diag import listening_ports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

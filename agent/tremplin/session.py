@@ -29,7 +29,6 @@ class Settings(NamedTuple):
     """The options of tremplin that its parts need; directories are absolute paths."""
 
     lxd_dir: str
-    lxd_conf: str
     lxd_subnet: str | None
     token_dir: str
     shared_dir: str
@@ -47,7 +46,6 @@ class Settings(NamedTuple):
         """Reads the options that were given and the defaults of the others."""
         return cls(
             lxd_dir=options["tremplin.lxd_dir"],
-            lxd_conf=options["tremplin.lxd_conf"],
             lxd_subnet=options["tremplin.lxd_subnet"],
             token_dir=options["tremplin.token_dir"],
             shared_dir=options["tremplin.shared_dir"],

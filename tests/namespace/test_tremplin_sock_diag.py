@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.tremplin.listeners import listening_ports
+from agent.tremplin.sock_diag import listening_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
