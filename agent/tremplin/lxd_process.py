@@ -21,6 +21,21 @@ _STOP_SECONDS = 15.0
 after that it forces them down, and ends itself, which take seconds too on a busy machine."""
 _SUPERVISOR_SECONDS = 30.0
 _LARGEST_LOG = 1024 * 1024
+_RUN = """
+if [ -e "$1" ]; then
+    pkill -KILL -P $PPID -f "^dnsmasq .*$2/networks/"
+    rm -f "$2"/networks/*/dnsmasq.pid
+else
+    : >"$1"
+fi
+shift 2
+exec "$@"
+"""
+"""What PID 1 runs: $1 marks that LXD was started in this boot, $2 is LXD's directory, then LXD.
+
+An LXD that was killed leaves its name server to PID 1, and one that had no time to note it down
+is never ended by the next LXD, which then has no bridge, as the address is in use.
+"""
 
 
 def environment(options: Options) -> dict[str, str]:
@@ -48,7 +63,7 @@ def launch(options: Options) -> str:
         if not _was_launched(client):
             power_cut.put_right(lxd_dir, run_dir)
         launched = client.launch(
-            _command(lxd_dir),
+            _command(lxd_dir, run_dir),
             name=_NAME,
             env=environment(options),
             respawn=True,
@@ -94,7 +109,7 @@ def _was_launched(client: Client) -> bool:
     return True
 
 
-def _command(lxd_dir: str) -> list[str]:
+def _command(lxd_dir: str, run_dir: str) -> list[str]:
     log = f"{lxd_dir}/lxd.log"
     try:
         if os.stat(log).st_size > _LARGEST_LOG:
@@ -102,7 +117,8 @@ def _command(lxd_dir: str) -> list[str]:
     except OSError:
         pass
     group = ["--group", "lxd"] if _group_exists("lxd") else []
-    return ["/usr/bin/lxd", *group, "--logfile", log]
+    lxd = ["/usr/bin/lxd", *group, "--logfile", log]
+    return ["/bin/sh", "-c", _RUN, "lxd", f"{run_dir}/lxd-was-started", lxd_dir, *lxd]
 
 
 def _group_exists(name: str) -> bool:

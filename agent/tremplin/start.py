@@ -25,7 +25,7 @@ ANSWER_SECONDS = 2.0
 _BUSY_SECONDS = 60.0
 """How long a stop that LXD still has in hand may hold up the start."""
 _NETWORK_SECONDS = 130.0
-"""An LXD that died may come back without its bridge, for which it tries again every minute."""
+"""An LXD that comes up without its bridge tries again every minute."""
 _POLL_SECONDS = 0.1
 _PRIVILEGE = {
     pb.StartContainerRequest.UNPRIVILEGED: "false",

@@ -98,6 +98,56 @@ def test_lxd_dies(supervised: _SupervisedTremplin) -> None:
     assert machine.containers() == {"kept": "Stopped"}
 
 
+def _start(supervised: _SupervisedTremplin, name: str) -> None:
+    before = len(supervised.host.reports)
+    supervised.call("StartContainer", container_name=name)
+    started = supervised.host.wait_for("UpdateStartStatus", container=name, after=before)
+    assert started.message.status == pb.ContainerStartProgress.STARTED, started
+
+
+def _has_address(supervised: _SupervisedTremplin, name: str) -> bool:
+    answer = supervised.call("GetContainerInfo", container_name=name)
+    return bool(answer.ipv4_address)
+
+
+def test_lxd_dies_and_a_container_meanwhile(supervised: _SupervisedTremplin) -> None:
+    """LXD 5.0.2 dies of this (onStop) once more in its start; the host notices no more than that
+    the container is down, which has an address again as soon as it is started.
+    """
+    machine = supervised.machine
+    supervised.create("stays")
+    for name in ("kept", "stays"):
+        _start(supervised, name)
+    init = machine.api.instances["kept"].state.get().json()["metadata"]["pid"]
+    before = len(supervised.host.reports)
+    with supervised.supervisor() as client:
+        client.signal("lxd", "SIGKILL")
+    machine.run("kill", "-KILL", str(init))
+    supervised.host.wait_for("ContainerShutdown", container="kept", after=before)
+    _start(supervised, "kept")
+    wait_until(lambda: _has_address(supervised, "kept"), "an address")
+    assert machine.containers() == {"kept": "Running", "stays": "Running"}
+    assert supervised.host.of("ContainerShutdown", "stays") == []
+    machine.run("lxc", "stop", "--force", "kept")
+    machine.run("lxc", "delete", "--force", "stays")
+
+
+def test_name_server_that_lxd_does_not_know(supervised: _SupervisedTremplin) -> None:
+    """LXD was killed before it had noted it; the next one has its bridge at once all the same."""
+    machine = supervised.machine
+    before = machine.run("pidof", "dnsmasq").split()
+    pid = supervised.lxd_pid()
+    machine.run("rm", machine.lxd_dir / "networks/lxdbr0/dnsmasq.pid")
+    with supervised.supervisor() as client:
+        client.signal("lxd", "SIGKILL")
+    wait_until(lambda: supervised.lxd_pid() not in {0, pid}, "the new LXD")
+    machine.run("lxd", "waitready", "--timeout", "60")
+    assert machine.api.networks["lxdbr0"].get().json()["metadata"]["status"] == "Created"
+    after = machine.run("pidof", "dnsmasq").split()
+    assert len(after) == 1
+    assert after != before
+
+
 def test_lxd_was_stopped(supervised: _SupervisedTremplin) -> None:
     """PID 1 starts it no more by itself; the host has it started."""
     before = len(supervised.host.reports)
@@ -111,14 +161,8 @@ def test_lxd_was_stopped(supervised: _SupervisedTremplin) -> None:
 
 def _works(supervised: _SupervisedTremplin) -> None:
     assert supervised.machine.containers() == {"kept": "Stopped"}
-    before = len(supervised.host.reports)
-    supervised.call("StartContainer", container_name="kept")
-    started = supervised.host.wait_for("UpdateStartStatus", container="kept", after=before)
-    assert started.message.status == pb.ContainerStartProgress.STARTED, started
-    wait_until(
-        lambda: supervised.call("GetContainerInfo", container_name="kept").ipv4_address,
-        "an address",
-    )
+    _start(supervised, "kept")
+    wait_until(lambda: _has_address(supervised, "kept"), "an address")
     before = len(supervised.host.reports)
     supervised.call("StopContainer", container_name="kept")
     supervised.host.wait_for("UpdateStopStatus", container="kept", after=before)
