@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import sys
 
-sys.path += ["/usr/local/lib/python3.11/dist-packages", "/usr/lib/python3/dist-packages"]
+# Where the agent is, the libraries are; of Debian's own only PID 1 needs one (see its init).
+sys.path.append(__file__.removesuffix("/agent/start.py"))
 _MODULE = f"{sys.argv[1]}.__main__"
 __import__(_MODULE)
 sys.exit(sys.modules[_MODULE].main(sys.argv[2:]))

@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 
-from agent import grpc_endpoint, logs
+from agent import atomic_file, grpc_endpoint, logs
 from agent.log_forwarder import records
 from agent.log_forwarder.sender import Sender
 
@@ -102,8 +102,7 @@ class _Progress:
 
     def save(self, sequence: int) -> None:
         try:
-            with open(self._path, "w", encoding="ascii") as file:
-                file.write(str(sequence))
+            atomic_file.replace(self._path, str(sequence), mode=0o600)
         except OSError as error:
             _log.debug("cannot note the progress: %s", error)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pwd
 
+from agent import atomic_file
 from agent.maitred.errors import BadRequest, Failed, NotNow
 
 _TOKEN_FILE = "/dev/.container_token"  # noqa: S105  # where programs in containers look
@@ -22,24 +22,14 @@ def configure(token: str, username: str) -> None:
 
     username: a user of the VM; "" for root alone. Raises NotNow: no such user; Failed.
     """
-    owner = group = 0
+    owner = (0, 0)
     if username:
         try:
             entry = pwd.getpwnam(username)
         except (KeyError, ValueError):  # ValueError: a NUL in it
             raise NotNow("cannot configure the guest: there is no user $USERNAME") from None
-        owner, group = entry.pw_uid, entry.pw_gid
-    temporary = f"{_TOKEN_FILE}.{os.getpid()}.new"
+        owner = (entry.pw_uid, entry.pw_gid)
     try:
-        descriptor = os.open(
-            temporary,
-            os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC,
-            0o400,
-        )
-        with open(descriptor, "w", encoding="ascii") as file:
-            os.fchown(descriptor, owner, group)
-            os.fchmod(descriptor, 0o400)
-            file.write(token)
-        os.replace(temporary, _TOKEN_FILE)
+        atomic_file.replace(_TOKEN_FILE, token, mode=0o400, owner=owner)
     except OSError as error:
         raise Failed(f"cannot configure the guest: {error}") from None

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import re
 
+from agent import atomic_file
 from agent.maitred.errors import BadRequest
 
 TYPE_CHECKING = False
@@ -48,18 +49,4 @@ def replace(path: str, text: str) -> None:
     """
     path = os.path.realpath(path)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.new"
-    try:
-        descriptor = os.open(
-            temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644
-        )
-        with open(descriptor, "w", encoding="ascii") as file:
-            os.fchmod(descriptor, 0o644)
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        try:
-            os.unlink(temporary)
-        except FileNotFoundError:
-            pass
-        raise
+    atomic_file.replace(path, text)

@@ -6,7 +6,7 @@ import os
 import re
 import stat
 
-from agent import mount_table, syscalls
+from agent import atomic_file, mount_table, syscalls
 from agent.maitred.errors import BadRequest, Failed
 
 _ZONES = "/usr/share/zoneinfo"
@@ -56,9 +56,7 @@ def _link(zone: str) -> None:
 def _mount(zone: str) -> None:
     # What a link points to is the system's own file, which is not to be covered.
     if os.path.islink(_LOCALTIME) or not os.path.exists(_LOCALTIME):
-        temporary = f"{_LOCALTIME}.{os.getpid()}.new"
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
-        os.replace(temporary, _LOCALTIME)
+        atomic_file.replace(_LOCALTIME, "")
     _unmount()
     syscalls.mount(zone, _LOCALTIME, "", syscalls.MS_BIND)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import os
+
+from agent import atomic_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,10 +64,7 @@ class Journal:
             return []
 
     def _write(self) -> None:
-        temporary = f"{self._path}.new"
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                json.dump(list(self._entries.values()), file)
-            os.replace(temporary, self._path)
+            atomic_file.replace(self._path, json.dumps(list(self._entries.values())), mode=0o600)
         except OSError as error:
             _log.warning("cannot note down what is going on: %s", error)

@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 
+from agent import atomic_file
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin import markers, remap
 from agent.tremplin.devices import PREFIX, replace_devices
@@ -207,10 +208,5 @@ def first_error(log: str) -> str:
 
 def write_token(path: str, token: str) -> None:
     """Writes a container's token, in one step; readable in the container, where ids are shifted."""
-    directory = os.path.dirname(path)
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    temporary = f"{path}.new"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(token)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    atomic_file.replace(path, token)
