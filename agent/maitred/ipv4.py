@@ -53,9 +53,7 @@ def _check_config(config: vm_guest_pb2.IPv4Config) -> InterfaceConfig:
     address, gateway = from_fixed32(config.address), from_fixed32(config.gateway)
     interface = ipaddress.IPv4Interface((address, _prefix_length(from_fixed32(config.netmask))))
     for what, one in (("address", address), ("gateway", gateway)):
-        if one.is_multicast or one.is_loopback or one.is_reserved or int(one) >> 24 == 0:
-            raise BadRequest(f"{what} {one} is not the address of a machine")
-        if is_network_or_broadcast(one, interface.network):
+        if not _is_of_a_machine(one, interface.network):
             raise BadRequest(f"{what} {one} is not the address of a machine in {interface.network}")
     if gateway not in interface.network:
         raise BadRequest(f"gateway {gateway} is outside of {interface.network}")
@@ -71,9 +69,13 @@ def _prefix_length(netmask: ipaddress.IPv4Address) -> int:
     return 32 - holes.bit_length()
 
 
-def is_network_or_broadcast(address: ipaddress.IPv4Address, network: ipaddress.IPv4Network) -> bool:
-    """Whether address stands for the network or everybody in it (RFC 3021: in a /31, neither)."""
-    return network.prefixlen < 31 and address in {
+def _is_of_a_machine(address: ipaddress.IPv4Address, network: ipaddress.IPv4Network) -> bool:
+    if address.is_multicast or address.is_loopback or address.is_reserved:
+        return False
+    if int(address) >> 24 == 0:  # RFC 1122, 3.2.1.3: "this" network
+        return False
+    # What stands for the network, or for everybody in it; RFC 3021: in a /31, neither does.
+    return network.prefixlen >= 31 or address not in {
         network.network_address,
         network.broadcast_address,
     }
@@ -96,13 +98,6 @@ def check_bridge_subnet(text: str) -> ipaddress.IPv4Interface:
     address = interface.ip
     if not 8 <= interface.network.prefixlen <= 29:
         raise BadRequest(f"{what}: prefix length of {text} is not from 8 to 29")
-    if (
-        address.is_multicast
-        or address.is_loopback
-        or address.is_reserved
-        or address.is_link_local
-        or int(address) >> 24 == 0
-        or is_network_or_broadcast(address, interface.network)
-    ):
+    if address.is_link_local or not _is_of_a_machine(address, interface.network):
         raise BadRequest(f"{what}: {address} in {text} is not the address of a machine")
     return interface

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from agent.process_supervisor.client import AsyncClient, Exit
+    from agent.maitred.supervisor import Supervisor
+    from agent.process_supervisor.client import Exit
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ def check_launch(request: vm_guest_pb2.LaunchProcessRequest) -> None:
 
 
 async def launch(
-    client: AsyncClient,
+    supervisor: Supervisor,
     request: vm_guest_pb2.LaunchProcessRequest,
     *,
     name: str = "",
@@ -48,13 +49,13 @@ async def launch(
 ) -> vm_guest_pb2.LaunchProcessResponse:
     """Has PID 1 spawn the process; with wait_for_exit, returns when it has ended.
 
-    client: connected to PID 1.
     name, once, options: as for ProcessSpec; options are what a request cannot say.
     The result says FAILED when the program cannot be executed. When the caller is cancelled, the
     process goes on.
     Raises BadRequest; SupervisorGone: PID 1 is not there, or went away during the wait.
     """
     check_launch(request)
+    client = await supervisor.client()
     try:
         launched = await client.launch(
             list(request.argv),

@@ -132,8 +132,7 @@ class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     ) -> vm_guest_pb2.LaunchProcessResponse:
         from agent.maitred import processes
 
-        processes.check_launch(request)
-        return await processes.launch(await self._supervisor.client(), request)
+        return await processes.launch(self._supervisor, request)
 
     @_mapped
     async def StartTermina(

@@ -94,26 +94,19 @@ async def launch_startup_files(directory: str, supervisor: Supervisor) -> None:
         return
     from agent.maitred import processes
     from agent.maitred.errors import CallError
+    from agent.pb import vm_guest_pb2
     from agent.process_supervisor.client import SupervisorError
 
     for name, request, options in files:
         try:
-            client = await supervisor.client()
             response = await processes.launch(
-                client, request, name=f"startup:{name}", once=True, options=options
+                supervisor, request, name=f"startup:{name}", once=True, options=options
             )
         except (CallError, SupervisorError) as error:
             _log.error("startup file %s: %s", name, error)
         else:
-            status = vm_guest_status(response.status)
-            _log.info("startup file %s: %s", name, status)
-
-
-def vm_guest_status(status: vm_guest_pb2.ProcessStatus.ValueType) -> str:
-    """The name of a process status, for a person."""
-    from agent.pb import vm_guest_pb2
-
-    return vm_guest_pb2.ProcessStatus.Name(status).lower()
+            status = vm_guest_pb2.ProcessStatus.Name(response.status)
+            _log.info("startup file %s: %s", name, status.lower())
 
 
 def _startup_files(
