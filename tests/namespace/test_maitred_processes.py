@@ -134,9 +134,7 @@ def test_many_calls_wait_at_once(tmp_path: Path) -> None:
 def test_a_caller_that_goes_leaves_the_process_alone(tmp_path: Path) -> None:
     async def scenario(vm: Vm) -> None:
         call = vm.maitred.LaunchProcess(Request(argv=["sleep", "1000"], wait_for_exit=True))
-        async with asyncio.timeout(20):
-            while len(vm.processes()) < 2:
-                await asyncio.sleep(0)
+        await vm.pids_of("sleep")
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
@@ -154,12 +152,12 @@ def test_when_maitred_is_killed_processes_stay_and_vm_ready_is_not_sent_again(
 
     async def scenario(vm: Vm) -> None:
         await _launch(vm, "sleep", "1000", respawn=True)
+        sleeps = await vm.pids_of("1000", "2000")
         async with asyncio.timeout(20):
-            while len(vm.processes()) < 3:
+            while "the host knows" not in vm.console.read_text():
                 await asyncio.sleep(0.01)
-        sleeps = {vm.pid_of("1000"), vm.pid_of("2000")}
         await vm.restart_maitred()
-        assert {vm.pid_of("1000"), vm.pid_of("2000")} == sleeps
+        assert [vm.pid_of("1000"), vm.pid_of("2000")] == sleeps
         assert vm.host.ready == 1
 
     in_vm(tmp_path, scenario)
@@ -328,9 +326,7 @@ def test_shutdown_is_answered_and_then_done(tmp_path: Path) -> None:
 def test_a_waiting_call_ends_unavailable_when_pid_1_goes(tmp_path: Path) -> None:
     async def scenario(vm: Vm) -> None:
         call = asyncio.ensure_future(_launch(vm, "sleep", "1000", wait_for_exit=True))
-        async with asyncio.timeout(20):
-            while len(vm.processes()) < 2:
-                await asyncio.sleep(0)
+        await vm.pids_of("sleep")
         vm.process.kill()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await asyncio.wait_for(call, 20)

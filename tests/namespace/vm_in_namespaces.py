@@ -171,6 +171,17 @@ class Vm:
         (pid,) = [pid for pid, argv in self.processes().items() if word in argv]
         return pid
 
+    async def pids_of(self, *words: str) -> list[int]:
+        """As pid_of(), as soon as there is a child for each word: one that is about to execute its
+        program has the command line of PID 1.
+        """
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    return [self.pid_of(word) for word in words]
+                except ValueError:
+                    await asyncio.sleep(0.01)
+
     async def restart_maitred(self) -> None:
         """SIGKILL for maitred; returns when PID 1's next one serves calls."""
         before = self.pid_of("agent.maitred")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -11,13 +12,19 @@ from hypothesis import strategies as st
 from agent.log_forwarder import records
 from agent.pb import vm_host_pb2
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 NS = 1_000_000_000
 NOW = 1_790_000_000 * NS + 123
 
 
 @pytest.fixture(autouse=True)
-def _in_zurich(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TZ", "Europe/Zurich")
+def _in_zurich() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "Europe/Zurich")
+        time.tzset()
+        yield
     time.tzset()
 
 
