@@ -80,13 +80,16 @@ class Recorder:
         if handler := self._handlers.get(call):
             await handler(message)
 
-    def take_logs(self, call: str, request: Any) -> None:
+    async def take_logs(self, call: str, request: Any) -> None:
         """Keeps the records of a call, unless it is the one before once more: the guest repeats a
         call, word for word, whose answer it has not got.
         """
-        if request != self._last_logs.get(call):
-            self._last_logs[call] = request
+        if request == self._last_logs.get(call):
+            return
+        self._last_logs[call] = request
+        async with self._arrived:
             self.logs.extend(request.records)
+            self._arrived.notify_all()
 
     async def wait_for(
         self, call: str, matches: Callable[[Any], bool] = lambda _: True, *, since: int = 0
@@ -104,6 +107,13 @@ class Recorder:
                         return event.message
                 await self._arrived.wait()
 
+    async def wait_for_log(self, matches: Callable[[Any], bool]) -> Any:
+        """The oldest LogRecord that matches."""
+        async with self._arrived:
+            while (found := next(filter(matches, self.logs), None)) is None:
+                await self._arrived.wait()
+        return found
+
 
 def _service(descriptor: ServiceDescriptor, recorder: Recorder) -> grpc.GenericRpcHandler:
     """A service every method of which records its call and answers with an empty message."""
@@ -111,7 +121,7 @@ def _service(descriptor: ServiceDescriptor, recorder: Recorder) -> grpc.GenericR
     def method(call: str, answer: type[Message]) -> Callable[[Any, Any], Awaitable[Message]]:
         async def answer_call(request: Any, _context: Any) -> Message:
             if descriptor is _LOG_COLLECTOR:
-                recorder.take_logs(call, request)
+                await recorder.take_logs(call, request)
             else:
                 await recorder.record(call, request)
             return answer()

@@ -69,8 +69,7 @@ async def _logged(vm: Vm, message: str) -> vm_host_pb2.LogRecord:
     await run_in_guest(vm, ["logger", "-p", "daemon.warning", "-t", "test", message])
     content = f"test: {message}".encode()
     async with asyncio.timeout(60):
-        while not any(record.content == content for record in vm.recorder.logs):
-            await asyncio.sleep(0.1)
+        await vm.recorder.wait_for_log(lambda record: record.content == content)
     found: list[vm_host_pb2.LogRecord]
     found = [record for record in vm.recorder.logs if record.content == content]
     assert len(found) == 1
@@ -80,16 +79,14 @@ async def _logged(vm: Vm, message: str) -> vm_host_pb2.LogRecord:
 def test_the_kernel_and_programs_log_to_the_host(vm: Vm, runner: asyncio.Runner) -> None:
     """Both arrive, with their severities and times of today."""
 
-    async def scenario() -> vm_host_pb2.LogRecord:
+    async def scenario() -> tuple[vm_host_pb2.LogRecord, vm_host_pb2.LogRecord]:
         async with asyncio.timeout(90):
-            while not any(b"Linux version" in record.content for record in vm.recorder.logs):
-                await asyncio.sleep(0.1)
-        return await _logged(vm, "hello host")
+            banner = await vm.recorder.wait_for_log(lambda one: b"Linux version" in one.content)
+        return banner, await _logged(vm, "hello host")
 
-    hello = runner.run(scenario())
+    banner, hello = runner.run(scenario())
     assert hello.severity == vm_host_pb2.WARNING
     assert abs(hello.timestamp.seconds - time.time()) < 300
-    banner = next(one for one in vm.recorder.logs if b"Linux version" in one.content)
     assert banner.severity == vm_host_pb2.NOTICE
     assert abs(banner.timestamp.seconds - time.time()) < 300
 
