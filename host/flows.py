@@ -1,5 +1,5 @@
 """The order in which hosts call, from VmReady to a running container: the newer and the older host
-of the contract. Everything goes over the public wire; host/vm.py holds the VM.
+of docs/contract.md. Everything goes over the public wire; host/vm.py holds the VM.
 
 The newer host calls from inside the guest's calls, before it answers them; so does this one.
 """

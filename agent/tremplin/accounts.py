@@ -78,7 +78,7 @@ def find_user(passwd: str, uid: int) -> User | None:
 
 
 def plan(files: AccountFiles, username: str, *, shell: str, no_shell: str) -> Plan:
-    """The accounts of CONTRACT.md's SetUpUser.
+    """The accounts that the contract (docs/contract.md) has SetUpUser make.
 
     username: of the primary user, unless there is one already, who then keeps the name.
     shell, no_shell: programs in the container, for who may log in and for who may not.

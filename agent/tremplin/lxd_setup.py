@@ -29,7 +29,7 @@ _SERVER_CONFIG = {
 
 
 async def set_up_lxd(session: Session) -> None:
-    """Brings LXD to the state of CONTRACT.md. Raises LxdError."""
+    """Brings LXD to the state of the contract, docs/contract.md. Raises LxdError."""
     await asyncio.gather(_set_up_server(session), _set_up_pool(session), _set_up_bridge(session))
     await _set_up_profile(session)
 

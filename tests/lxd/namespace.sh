@@ -4,7 +4,7 @@
 #
 # usage: namespace.sh DIR     prints the pid of the namespace's init, ends when its stdin does.
 # DIR gets: data.img (a btrfs, mounted inside on DIR/stateful), cgroup (where its cgroups are).
-# Inside: /run is a tmpfs, /etc/subuid suits CONTRACT.md's raw.idmap, lo is up, eth0 is a dummy.
+# Inside: /run is a tmpfs, /etc/subuid suits the raw.idmap of the contract (docs/contract.md), lo is up, eth0 is a dummy.
 set -euo pipefail
 
 name_of_tests=termina-lxd

@@ -26,7 +26,7 @@ def _settings(tremplin: Tremplin) -> list[Any]:
 
 
 def test_settings(tremplin: Tremplin) -> None:
-    """The pool, the bridge and the profile of CONTRACT.md."""
+    """The pool, the bridge and the profile of the contract."""
     pool = _object(tremplin, "storage-pools", "default")
     assert pool["driver"] == "btrfs"
     assert pool["config"]["source"] == f"{tremplin.machine.lxd_dir}/storage-pools/default"

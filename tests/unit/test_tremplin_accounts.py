@@ -36,7 +36,7 @@ def _plan(files: AccountFiles, username: str = "emma") -> Plan:
 
 
 def test_debian() -> None:
-    """Everything that CONTRACT.md names is there, and nothing else has changed."""
+    """Everything that the contract names is there, and nothing else has changed."""
     made = _plan(DEBIAN)
     assert made.user == User("emma", 1000, 1000, "/home/emma")
     assert not made.existed
