@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 _PORT = 8000
 _TLS_PORT = 8443
+_OTHER_PORT = 8001
 _SECONDS = 60.0
 
 
@@ -273,6 +274,11 @@ class Machine:
         """The URL of one more server of the same images, which has this certificate, PEM."""
         self._start_server(self.directory / "images", _TLS_PORT, certificate, key)
         return f"https://127.0.0.1:{_TLS_PORT}/{next(self._servers)}"
+
+    def serve_tree(self, tree: Path) -> str:
+        """The URL of one more server, of somebody else's images; /N is to follow."""
+        self._start_server(tree, _OTHER_PORT)
+        return f"http://127.0.0.1:{_OTHER_PORT}"
 
     def _start_server(self, tree: Path, port: int, *tls: Path) -> None:
         server = self.spawn(
