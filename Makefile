@@ -6,7 +6,6 @@ SHELL := /bin/bash
 
 # The slow layers (Debian packages, wheels) are kept outside the checkout; they are rebuilt when absent.
 export TERMINA_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/termina-agent
-SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 
 .PHONY: help
 help: ## what there is to make
@@ -18,18 +17,18 @@ run: venv image container-image ## build what is missing, boot the VM, bring up 
 
 .PHONY: test
 test: venv image container-image ## every test, cheapest first, the real VM included
-	.venv/bin/python -m pytest $(PYTEST)
+	tests/as-root .venv/bin/python -m pytest $(PYTEST)
 
 .PHONY: test-generic
 test-generic: venv container-image ## what Debian's cloud kernel has no modules for: 9p and USB, in a VM with the generic one
 	requirements/install-packages requirements/debian-9p.txt
 	@KERNEL=generic $(IMAGE) guest
-	.venv/bin/python -m pytest tests/vm/test_9p.py tests/vm/test_usb.py
+	tests/as-root .venv/bin/python -m pytest tests/vm/test_9p.py tests/vm/test_usb.py
 
 .PHONY: bench
 bench: venv image container-image ## our figures beside a peer's, as ratios
 	requirements/install-packages requirements/debian-bench.txt
-	.venv/bin/python -m benchmarks $(BENCH)
+	tests/as-root .venv/bin/python -m benchmarks $(BENCH)
 
 .PHONY: lint
 lint: venv ## ruff, mypy and shellcheck only

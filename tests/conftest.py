@@ -1,9 +1,10 @@
 """Order of the tests: cheapest first. Hypothesis has no deadlines: where others use the machine,
-the wall clock says nothing of a test.
+the wall clock says nothing of a test. Files may be open as in the guest, not a login's 1024.
 """
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import settings
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
+_HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (_HARD, _HARD))
 
 _TIERS = ("unit", "namespace", "lxd", "vm")
 
