@@ -1,18 +1,19 @@
 """ImportContainer: a file that ExportContainer wrote becomes a container again. A container of that
 name is replaced only when the new one is whole; a kill in between is put right at the next start.
+
+Nobody knows who has written the file. Of what it says about the container's settings, which could
+be root's rights in the VM, next to nothing is taken over.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
-import tarfile
 import threading
 from typing import NamedTuple
 
 from agent.pb import tremplin_pb2 as pb
-from agent.tremplin import markers
+from agent.tremplin import archive, markers
 from agent.tremplin.names import IMPORTING, REPLACED
 from agent.tremplin.operation import Operation, OperationError, Outcome
 from agent.tremplin.paths import path_problem
@@ -25,9 +26,11 @@ if TYPE_CHECKING:
     from agent.tremplin.session import Session
 
 _TICK_SECONDS = 0.5
-_INDEX = "backup/index.yaml"
-_LARGEST_INDEX = 4 * 1024 * 1024
 _NAME_KEY = "user.tremplin-replaced"
+_KEPT = ("image.", "volatile.base_image", "volatile.idmap.", "volatile.last_state.idmap")
+"""How the settings begin that an imported container keeps. LXD sets the ids that it is to have when
+it makes it, and anew when one of the settings goes that they come from.
+"""
 
 
 class Wrong(NamedTuple):
@@ -63,6 +66,7 @@ class Import(Operation):
         async with self.session.import_lock:
             await put_right(self.session)
             await self._upload()
+            await _disarm(self.session)
             await markers.mark(lxd, IMPORTING, markers.CREATED, markers.SET_UP)
             await asyncio.shield(self._replace())
 
@@ -90,9 +94,12 @@ class Import(Operation):
     def _send(self) -> dict[str, Any]:
         with open(self.request.import_path, "rb") as file:
             self._total = os.fstat(file.fileno()).st_size
+            head = file.read(archive.HEAD_BYTES)
+            # Whoever can write to the file may have changed it: what is sent is what counts.
+            archive.architecture(head)
             headers = {"Content-Type": "application/octet-stream", "X-LXD-name": IMPORTING}
             answer = self.session.lxd.call(
-                "post", ("instances",), data=_Counted(file, self), headers=headers
+                "post", ("instances",), data=_Counted(head, file, self), headers=headers
             ).json()
         if not isinstance(answer, dict):
             raise OperationError("LXD's answer is not an object")
@@ -116,7 +123,7 @@ class Import(Operation):
 
     def _find_wrong(self, architectures: list[str]) -> Wrong | None:
         path = self.request.import_path
-        architecture = read_architecture(path)
+        architecture = archive.read_architecture(path)
         if architecture not in architectures:
             device = os.uname().machine
             return Wrong(
@@ -127,7 +134,7 @@ class Import(Operation):
         found = os.statvfs(self.session.settings.lxd_dir)
         free = found.f_bavail * found.f_frsize
         # LXD writes the file down before it unpacks it.
-        needed = os.stat(path).st_size + unpacked_size(path)
+        needed = os.stat(path).st_size + archive.unpacked_size(path)
         if needed > free:
             return Wrong(
                 pb.ContainerImportProgress.FAILED_SPACE,
@@ -177,7 +184,9 @@ class Import(Operation):
 class _Counted:
     """A file that is being sent, for requests: it has a length and counts what was read."""
 
-    def __init__(self, file: BinaryIO, operation: Import) -> None:
+    def __init__(self, head: bytes, file: BinaryIO, operation: Import) -> None:
+        """head: what was read of the file before."""
+        self._head = head
         self._file = file
         self._operation = operation
 
@@ -187,7 +196,8 @@ class _Counted:
     def read(self, size: int = -1) -> bytes:
         if self._operation._stop.is_set():
             raise OSError("it was cancelled")
-        data = self._file.read(size)
+        data, self._head = self._head, b""
+        data = data or self._file.read(size)
         self._operation._sent += len(data)
         return data
 
@@ -209,6 +219,22 @@ async def put_right(session: Session) -> None:
     await remove_container(session, IMPORTING)
 
 
+async def _disarm(session: Session) -> None:
+    # Takes from what was imported, before anything is done with it, all that its file asks for:
+    # privileges, commands for liblxc to run as root, devices and directories of the VM.
+    instance = await session.lxd.get("instances", IMPORTING)
+    config = {k: v for k, v in instance["config"].items() if k.startswith(_KEPT)}
+    body = {
+        "architecture": instance["architecture"],
+        "config": config,
+        "description": "",
+        "devices": {},
+        "ephemeral": False,
+        "profiles": ["default"],
+    }
+    await session.lxd_operations.run("put", "instances", IMPORTING, json=body)
+
+
 async def _rename(session: Session, old: str, new: str) -> None:
     await session.lxd_operations.run("post", "instances", old, json={"name": new})
 
@@ -218,41 +244,7 @@ def import_problem(path: str) -> str:
     if problem := path_problem("import_path", path):
         return problem
     try:
-        read_architecture(path)
+        archive.read_architecture(path)
     except (OSError, OperationError) as error:
         return str(error)
     return ""
-
-
-def read_architecture(path: str) -> str:
-    """The architecture of an exported container. Raises OSError; OperationError: it is none.
-
-    Source: the first member of an LXD backup is its index, in YAML as Go writes it.
-    """
-    try:
-        with tarfile.open(path) as archive:
-            first = archive.next()
-            file = None if first is None or first.name != _INDEX else archive.extractfile(first)
-            text = "" if file is None else file.read(_LARGEST_INDEX).decode(errors="replace")
-    except (tarfile.TarError, EOFError, ValueError):
-        text = ""
-    found = re.search(r"^ +architecture: (\S+)$", text, re.MULTILINE)
-    if found is None:
-        raise OperationError(f"{path} does not hold an exported container")
-    return found[1]
-
-
-def unpacked_size(path: str) -> int:
-    """How much an exported file holds, in bytes, as far as that can be seen from outside.
-
-    Source: RFC 1952: a gzip file ends with its unpacked size modulo 2^32.
-    """
-    size = os.stat(path).st_size
-    with open(path, "rb") as file:
-        if file.read(2) != b"\x1f\x8b" or size < 18:
-            return size
-        file.seek(-4, os.SEEK_END)
-        length = int.from_bytes(file.read(4), "little")
-    while length < size:
-        length += 1 << 32
-    return length

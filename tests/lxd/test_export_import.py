@@ -168,7 +168,9 @@ def test_power_cut_while_replacing(tremplin: Tremplin, new_is_there: bool) -> No
 
 
 def _foreign_export(path: Path, architecture: str) -> None:
-    index = f"name: box\nconfig:\n  container:\n    architecture: {architecture}\n".encode()
+    index = (
+        f"name: box\noptimized: false\nconfig:\n  container:\n    architecture: {architecture}\n"
+    ).encode()
     with tarfile.open(path, "w:gz") as archive:
         member = tarfile.TarInfo("backup/index.yaml")
         member.size = len(index)

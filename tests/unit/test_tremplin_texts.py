@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from agent.tremplin.archive import unpacked_size
 from agent.tremplin.image_source import image_server
-from agent.tremplin.imports import unpacked_size
 from agent.tremplin.lxd_setup import mappable_ids
 from agent.tremplin.start import first_error
 
