@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import shutil
 import tempfile
 import time
@@ -52,6 +53,9 @@ _BOOTS = 3
 _SILENCE_SECONDS = 30.0
 _DAEMON_SECONDS = 5.0
 _PANIC_SECONDS = 2.0  # panic=-1 ends QEMU by itself, unless it hangs in the panic
+_PANIC_LOOKS = 2
+_POWERED_OFF = "it powered off"
+_LAST_LINE = re.compile(r"maitred: power off: .*")
 
 VsockChoice = Literal["auto", "kernel", "user"]
 Accelerator = Literal["auto", "kvm", "tcg"]
@@ -236,21 +240,40 @@ class Vm:
 
     async def _watch_qemu(self, child: Child) -> None:
         ended = asyncio.create_task(child.wait())
-        panicked = asyncio.create_task(self.console.panicked.wait())
         try:
-            await asyncio.wait({ended, panicked}, return_when=asyncio.FIRST_COMPLETED)
+            while not ended.done():
+                panicked = asyncio.create_task(self.console.panicked.wait())
+                await asyncio.wait({ended, panicked}, return_when=asyncio.FIRST_COMPLETED)
+                panicked.cancel()
+                if self.console.panicked.is_set() and not await self._has_panicked(ended):
+                    self.console.panicked.clear()
             if self.console.panicked.is_set():
-                await asyncio.wait({ended}, timeout=_PANIC_SECONDS)
-                await child.kill()
                 self._why_ended = "its kernel panicked"
             elif ended.result() == 0:
-                self._why_ended = "it powered off"
+                self._why_ended = _POWERED_OFF
             else:
                 self._why_ended = f"QEMU ended: {child.last_words()}"
         finally:
             ended.cancel()
-            panicked.cancel()
             self._ended.set()
+
+    async def _has_panicked(self, ended: asyncio.Task[int]) -> bool:
+        # Whether a panic that stands on the console was one: anybody who can have the kernel log
+        # his words, or show a text in a session on the console, could say so. QEMU has ended then,
+        # or is killed, as the kernel may hang in its panic.
+        for _ in range(_PANIC_LOOKS):
+            await asyncio.wait({ended}, timeout=_PANIC_SECONDS)
+            if ended.done():
+                return True
+            with contextlib.suppress(OSError, EOFError):
+                # The kernel answers for PID 1, which keeps the port open.
+                _, writer = await self.vsock.connect(MAITRED_PORT)
+                writer.close()
+                return False
+        assert self._qemu is not None
+        await self._qemu.kill()
+        await ended
+        return True
 
     @property
     def running(self) -> bool:
@@ -371,7 +394,9 @@ class Vm:
                 async with asyncio.timeout(timeout):
                     await self._ended.wait()
         await self.kill()
-        return CLEAN_LINE in self.boot_text
+        # The last one counts: somebody may have written such a line before.
+        last = _LAST_LINE.findall(self.boot_text)[-1:]
+        return last == [CLEAN_LINE] and self._why_ended == _POWERED_OFF
 
     async def wait_ended(self) -> None:
         """Waits until the VM is gone, by whatever cause."""
