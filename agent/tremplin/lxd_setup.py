@@ -26,6 +26,11 @@ _SERVER_CONFIG = {
     # is one, which ends with its container only.
     "core.shutdown_timeout": "0",
 }
+_POOL_CONFIG = {
+    # LXD unpacks images and exported containers as root, with the device nodes that are in them,
+    # and would let an unprivileged container open all it has a node of: the VM's disks, say.
+    "btrfs.mount_options": "user_subvol_rm_allowed,nodev",
+}
 
 
 async def set_up_lxd(session: Session) -> None:
@@ -42,15 +47,20 @@ async def _set_up_server(session: Session) -> None:
 
 
 async def _set_up_pool(session: Session) -> None:
-    if await session.lxd.exists("storage-pools", "default"):
+    try:
+        pool = await session.lxd.get("storage-pools", "default")
+    except LxdNotFoundError:
+        source = btrfs_source(session.settings)
+        # LXD's directory on another filesystem, of a development machine: a btrfs in a file.
+        config = _POOL_CONFIG if source is None else _POOL_CONFIG | {"source": source}
+        await session.lxd.request(
+            "post", "storage-pools", json={"name": "default", "driver": "btrfs", "config": config}
+        )
+        _log.info("LXD has its storage pool")
         return
-    source = btrfs_source(session.settings)
-    # LXD's directory on another filesystem, of a development machine: LXD makes a btrfs in a file.
-    config = {} if source is None else {"source": source}
-    await session.lxd.request(
-        "post", "storage-pools", json={"name": "default", "driver": "btrfs", "config": config}
-    )
-    _log.info("LXD has its storage pool")
+    missing = {k: v for k, v in _POOL_CONFIG.items() if pool["config"].get(k) != v}
+    if missing:
+        await session.lxd.request("patch", "storage-pools", "default", json={"config": missing})
 
 
 def btrfs_source(settings: Settings) -> str | None:
