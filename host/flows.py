@@ -14,7 +14,7 @@ import secrets
 import socket
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agent.pb import tremplin_pb2, vm_guest_pb2
 from host.commands import CALL_SECONDS, LXC_ENVIRONMENT
@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    import grpc.aio
+
     from host.vm import Vm
+
+_RequestT = TypeVar("_RequestT")
+_AnswerT = TypeVar("_AnswerT")
 
 START_TERMINA_SECONDS = 150.0
 _TREMPLIN_READY_SECONDS = 120.0
@@ -119,6 +124,14 @@ def dotted(address: int) -> str:
     return socket.inet_ntoa(struct.pack("<I", address))
 
 
+def _refused(what: str, answer: Any, status: str = "") -> HostError:
+    """The error for an answer or a report with a failure_reason; status: its name, if that tells
+    more than that it failed.
+    """
+    reason = answer.failure_reason or "no reason given"
+    return HostError(f"cannot {what}: {status}: {reason}" if status else f"cannot {what}: {reason}")
+
+
 class Host:
     """One host that brings up one container in one boot of a VM."""
 
@@ -180,26 +193,28 @@ class Host:
         self._status.enter(ContainerStatus.READY)
         return reached
 
+    async def _call(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_RequestT, _AnswerT],
+        request: _RequestT,
+        *,
+        what: str,
+        timeout: float = CALL_SECONDS,
+    ) -> _AnswerT:
+        """The answer to a call of the guest's. what: it is to do, for the error; timeout: seconds.
+
+        Raises HostError, VmDiedError.
+        """
+        return await self._vm.answer(method(request, timeout=timeout), what=what, timeout=timeout)
+
     # ---- Maitred ------------------------------------------------------------------------------
-
-    async def _maitred(
-        self, method: str, request: Any, *, what: str, timeout: float = CALL_SECONDS
-    ) -> Any:
-        stub = getattr(self._vm.maitred, method)
-        return await self._vm.answer(stub(request, timeout=timeout), what=what, timeout=timeout)
-
-    async def _tremplin(
-        self, method: str, request: Any, *, what: str, timeout: float = CALL_SECONDS
-    ) -> Any:
-        stub = getattr(self._vm.tremplin, method)
-        return await self._vm.answer(stub(request, timeout=timeout), what=what, timeout=timeout)
 
     async def mount_disks(self) -> None:
         """The small read-only disks."""
         for source, target, fstype in _MOUNTS[self._flow]:
             what = f"mount {source} on {target}"
-            answer = await self._maitred(
-                "Mount",
+            answer = await self._call(
+                self._vm.maitred.Mount,
                 vm_guest_pb2.MountRequest(
                     source=source, target=target, fstype=fstype, mountflags=_MS_RDONLY,
                     create_target=self._flow is Flow.NEWER,
@@ -212,8 +227,8 @@ class Host:
 
     async def set_up_network(self) -> None:
         """A first address, then the one that QEMU's network hands out by DHCP."""
-        await self._maitred(
-            "ConfigureNetwork",
+        await self._call(
+            self._vm.maitred.ConfigureNetwork,
             vm_guest_pb2.NetworkConfigRequest(
                 ipv4_config=vm_guest_pb2.IPv4Config(
                     address=network_order("100.64.1.1"),
@@ -223,8 +238,8 @@ class Host:
             ),
             what="configure the network",
         )
-        flushed = await self._maitred(
-            "LaunchProcess",
+        flushed = await self._call(
+            self._vm.maitred.LaunchProcess,
             vm_guest_pb2.LaunchProcessRequest(
                 argv=["/bin/ip", "address", "flush", "eth0"], wait_for_exit=True, use_console=True
             ),
@@ -245,8 +260,8 @@ class Host:
         )  # fmt: skip
 
     async def _launch(self, argv: Sequence[str], *, env: dict[str, str], what: str) -> None:
-        launched = await self._maitred(
-            "LaunchProcess",
+        launched = await self._call(
+            self._vm.maitred.LaunchProcess,
             vm_guest_pb2.LaunchProcessRequest(argv=argv, env=env, respawn=True, use_console=True),
             what=what,
         )
@@ -255,8 +270,8 @@ class Host:
 
     async def start_termina(self) -> None:
         """The stateful disk, and tremplin on it."""
-        answer = await self._maitred(
-            "StartTermina",
+        answer = await self._call(
+            self._vm.maitred.StartTermina,
             vm_guest_pb2.StartTerminaRequest(
                 lxd_ipv4_subnet=_SUBNET,
                 stateful_device="/dev/vdc" if self._flow is Flow.NEWER else "",
@@ -265,7 +280,7 @@ class Host:
             timeout=START_TERMINA_SECONDS,
         )
         if answer.status != vm_guest_pb2.StartTerminaResponse.SUCCESS:
-            raise HostError(f"cannot start termina: {answer.failure_reason or 'no reason given'}")
+            raise _refused("start termina", answer)
 
     # ---- Tremplin -----------------------------------------------------------------------------
 
@@ -280,8 +295,10 @@ class Host:
     async def start_lxd(self) -> None:
         """LXD is up; only the newer host asks."""
         response = tremplin_pb2.StartLxdResponse
-        answer = await self._tremplin(
-            "StartLxd", tremplin_pb2.StartLxdRequest(reset_lxd_db=False), what="start LXD"
+        answer = await self._call(
+            self._vm.tremplin.StartLxd,
+            tremplin_pb2.StartLxdRequest(reset_lxd_db=False),
+            what="start LXD",
         )
         if answer.status == response.STARTING:
             progress = tremplin_pb2.StartLxdProgress
@@ -295,9 +312,9 @@ class Host:
                 what="start LXD",
             )
             if told.status != progress.STARTED:
-                raise HostError(f"cannot start LXD: {told.failure_reason or 'no reason given'}")
+                raise _refused("start LXD", told)
         elif answer.status != response.ALREADY_RUNNING:
-            raise HostError(f"cannot start LXD: {answer.failure_reason or 'no reason given'}")
+            raise _refused("start LXD", answer)
 
     async def create_container(self) -> None:
         """The container is there, has its user, and its start has begun."""
@@ -305,8 +322,8 @@ class Host:
         wanted = self._wanted
         what = f"create container {wanted.container}"
         self._vm.recorder.handle("UpdateCreateStatus", self._on_create_status)
-        answer = await self._tremplin(
-            "CreateContainer",
+        answer = await self._call(
+            self._vm.tremplin.CreateContainer,
             tremplin_pb2.CreateContainerRequest(
                 container_name=wanted.container,
                 image_server=wanted.image_server,
@@ -320,7 +337,7 @@ class Host:
         elif answer.status == response.CREATING:
             await self._wait_until_created(what)
         else:
-            raise HostError(f"cannot {what}: {answer.failure_reason or 'no reason given'}")
+            raise _refused(what, answer)
 
     async def _wait_until_created(self, what: str) -> None:
         """Waits for the end of the creation, as long as there is news of it in time."""
@@ -342,11 +359,8 @@ class Host:
             return
         try:
             if progress.status != _CreateProgress.CREATED:
-                raise HostError(
-                    f"cannot create container {progress.container_name}: "
-                    f"{_CreateProgress.Status.Name(progress.status)}: "
-                    f"{progress.failure_reason or 'no reason given'}"
-                )
+                status = _CreateProgress.Status.Name(progress.status)
+                raise _refused(f"create container {progress.container_name}", progress, status)
             await self._set_up_and_start()
         except HostError as error:
             if not self._created.done():
@@ -367,8 +381,8 @@ class Host:
 
     async def _set_up_user(self) -> None:
         response = tremplin_pb2.SetUpUserResponse
-        answer = await self._tremplin(
-            "SetUpUser",
+        answer = await self._call(
+            self._vm.tremplin.SetUpUser,
             tremplin_pb2.SetUpUserRequest(
                 container_name=self._wanted.container, container_username=self._wanted.user
             ),
@@ -376,14 +390,14 @@ class Host:
             timeout=_START_SECONDS,
         )
         if answer.status not in {response.SUCCESS, response.EXISTS}:
-            raise HostError(f"cannot set up the user: {answer.failure_reason or 'no reason given'}")
+            raise _refused("set up the user", answer)
         self._user = answer.username or self._wanted.user
 
     async def _start_container(self) -> None:
         what = f"start container {self._wanted.container}"
         self._events_before_start = len(self._vm.recorder.events)
-        answer = await self._tremplin(
-            "StartContainer",
+        answer = await self._call(
+            self._vm.tremplin.StartContainer,
             tremplin_pb2.StartContainerRequest(
                 container_name=self._wanted.container, token=self._wanted.token
             ),
@@ -398,8 +412,7 @@ class Host:
             # takes longer than that, and the older host, too, hears of its end.
             accepted.add(_StartResponse.STARTING)
         if answer.status not in accepted:
-            name = _StartResponse.Status.Name(answer.status)
-            raise HostError(f"cannot {what}: {name}: {answer.failure_reason or 'no reason given'}")
+            raise _refused(what, answer, _StartResponse.Status.Name(answer.status))
         self._started = answer.status == _StartResponse.RUNNING
 
     async def wait_until_started(self) -> None:
@@ -422,23 +435,20 @@ class Host:
             what=what,
         )
         if told.status != _StartProgress.STARTED:
-            name = _StartProgress.Status.Name(told.status)
-            raise HostError(f"cannot {what}: {name}: {told.failure_reason or 'no reason given'}")
+            raise _refused(what, told, _StartProgress.Status.Name(told.status))
 
     async def find_out(self) -> Reached:
         """The user and the address of the running container."""
         name = self._wanted.container
         who = tremplin_pb2.GetContainerUsernameResponse
-        answer = await self._tremplin(
-            "GetContainerUsername",
+        what = "find the container's user"
+        answer = await self._call(
+            self._vm.tremplin.GetContainerUsername,
             tremplin_pb2.GetContainerUsernameRequest(container_name=name),
-            what="find the container's user",
+            what=what,
         )
         if answer.status != who.SUCCESS:
-            raise HostError(
-                f"cannot find the container's user: {who.Status.Name(answer.status)}: "
-                f"{answer.failure_reason or 'no reason given'}"
-            )
+            raise _refused(what, answer, who.Status.Name(answer.status))
         return Reached(
             user=answer.username,
             home=answer.homedir,
@@ -453,18 +463,15 @@ class Host:
         try:
             async with asyncio.timeout(_ADDRESS_SECONDS):
                 while True:
-                    answer = await self._tremplin(
-                        "GetContainerInfo",
+                    answer = await self._call(
+                        self._vm.tremplin.GetContainerInfo,
                         tremplin_pb2.GetContainerInfoRequest(container_name=name),
                         what=what,
                     )
                     if answer.status == response.RUNNING and answer.ipv4_address:
                         return dotted(answer.ipv4_address)
                     if answer.status not in {response.RUNNING, response.FAILED}:
-                        raise HostError(
-                            f"cannot {what}: {response.Status.Name(answer.status)}: "
-                            f"{answer.failure_reason or 'no reason given'}"
-                        )
+                        raise _refused(what, answer, response.Status.Name(answer.status))
                     await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
             raise HostError(f"cannot {what}: none after {_ADDRESS_SECONDS:g} s") from None
