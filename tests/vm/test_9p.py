@@ -17,10 +17,9 @@ import pytest
 
 from agent.pb import vm_guest_pb2
 from host.build_files import GuestImage
-from host.commands import run_in_guest
 from host.image_server import ImageServer
 from host.vm import Vm
-from tests.vm.vms import boot, is_generic, new_vm
+from tests.vm.vms import boot, is_generic, new_vm, output_of
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -104,9 +103,7 @@ class _Scene:
 
     async def sh(self, script: str) -> str:
         """What a script in the VM says; it must succeed."""
-        done = await run_in_guest(self.vm, ["sh", "-euc", script])
-        assert done.code == 0, done
-        return done.output
+        return await output_of(self.vm, "sh", "-euc", script)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ while maitred is away is answered by the next one.
 from __future__ import annotations
 
 import asyncio
+import functools
 from pathlib import Path
 
 import grpc.aio
@@ -13,10 +14,9 @@ import pytest
 from agent.pb import common_pb2, vm_guest_pb2, vm_guest_pb2_grpc, vsh_pb2
 from host import shell
 from host.build_files import GuestImage
-from host.commands import run_in_guest
 from host.image_server import ImageServer
 from host.vm import Vm
-from tests.vm.vms import boot, new_vm
+from tests.vm.vms import boot, new_vm, output_of
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -100,11 +100,7 @@ def test_the_ports_are_nobody_elses(
         async with new_vm(image, tmp_path, image_server) as test_vm:
             vm = test_vm.vm
             await boot(vm)
-
-            async def guest(*argv: str) -> str:
-                done = await run_in_guest(vm, list(argv))
-                assert done.code == 0, done
-                return str(done.output)
+            guest = functools.partial(output_of, vm)
 
             assert await guest(*_stranger()) == _IN_VAIN  # tremplin was not even launched yet
             assert "listens on vsock:8888\n" in await guest("termina-ctl", "show", "maitred")

@@ -15,10 +15,9 @@ import pytest
 
 from agent.pb import common_pb2, vm_guest_pb2
 from host.build_files import GuestImage
-from host.commands import run_in_guest
 from host.qemu import Disk, Machine
 from host.vm import Vm
-from tests.vm.vms import boot
+from tests.vm.vms import boot, output_of
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -65,9 +64,7 @@ class _Scene:
 
     async def sh(self, script: str) -> str:
         """What a script in the VM says; it must succeed."""
-        done = await run_in_guest(self.vm, ["sh", "-euc", script])
-        assert done.code == 0, done
-        return done.output
+        return await output_of(self.vm, "sh", "-euc", script)
 
     async def size(self) -> int:
         """Bytes of the stateful filesystem."""

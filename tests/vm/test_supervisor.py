@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import re
 from pathlib import Path
@@ -10,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from host.build_files import GuestImage
-from host.commands import run_in_guest
 from host.image_server import ImageServer
-from tests.vm.vms import boot, new_vm
+from tests.vm.vms import boot, new_vm, output_of
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -45,11 +45,7 @@ def test_pid_1_in_the_vm(
         async with new_vm(image, tmp_path, image_server) as test_vm:
             vm = test_vm.vm
             await boot(vm)
-
-            async def guest(*argv: str) -> str:
-                done = await run_in_guest(vm, list(argv))
-                assert done.code == 0, done
-                return str(done.output)
+            guest = functools.partial(output_of, vm)
 
             rows = [
                 json.loads(line) for line in (await guest("termina-ctl", "--json")).splitlines()

@@ -11,11 +11,11 @@ import pytest
 
 from agent.pb import tremplin_pb2 as pb
 from host.build_files import GuestImage
-from host.commands import run_in_container, run_in_guest
+from host.commands import run_in_container
 from host.image_server import ImageServer
 from host.qemu import Machine
 from host.vm import Vm
-from tests.vm.vms import is_generic, new_vm
+from tests.vm.vms import is_generic, new_vm, output_of
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -44,9 +44,7 @@ async def _wait(vm: Vm, condition: str) -> str:
         f"n=0; until {condition}; do n=$((n + 1)); [ $n -lt 200 ] || exit 1; sleep 0.1; done; "
         f"printf /dev/bus/usb/%03d/%03d $(cat {found}/busnum {found}/devnum 2>/dev/null)"
     )
-    done = await run_in_guest(vm, ["/bin/sh", "-c", script])
-    assert done.code == 0, (condition, done)
-    return str(done.output)
+    return await output_of(vm, "/bin/sh", "-c", script)
 
 
 def test_a_usb_device_of_a_container(
@@ -66,7 +64,7 @@ def test_a_usb_device_of_a_container(
             await test_vm.bring_up()
             vm = test_vm.vm
             tremplin = vm.tremplin
-            assert (await run_in_guest(vm, ["modprobe", "xhci_pci"])).code == 0
+            await output_of(vm, "modprobe", "xhci_pci")
 
             node = await _plug(vm, "usb-tablet", "first")
             attach = pb.AttachUsbToContainerRequest(port_num=_PORT, container_name="penguin")

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from host.build_files import GuestImage
+from host.commands import run_in_guest
 from host.disks import DataDisk
 from host.flows import Flow, Host, Reached, Wanted, disks
 from host.image_server import ImageServer
@@ -33,6 +34,13 @@ async def boot(vm: Vm) -> None:
     """Boots a VM until VmReady."""
     await vm.boot()
     await vm.ready()
+
+
+async def output_of(vm: Vm, *argv: str) -> str:
+    """What a program of the VM prints; it must succeed."""
+    done = await run_in_guest(vm, argv)
+    assert done.code == 0, (argv, done)
+    return done.output
 
 
 class TestVm:
