@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import shutil
 import signal
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -22,7 +19,7 @@ from agent.tremplin.lxd_events import EventStream
 from benchmarks.figures import Figure
 from host.build_files import BUILD_DIR, check_container_images
 from tests.lxd.host import Host, Tremplin
-from tests.lxd.machine import Machine
+from tests.lxd.machine import Machine, new_machine
 
 _ROUNDS = 9
 _DOWNLOADS = 7
@@ -41,19 +38,14 @@ _AS_FAST = 1.05
 
 def run() -> Iterator[Figure]:
     """Measures on an LXD of its own, ours and lxc in turns."""
-    directory = Path(tempfile.mkdtemp(prefix="lxd-", dir="/var/tmp"))
-    directory.chmod(0o711)
-    try:
-        with Machine(directory) as machine:
-            machine.start_lxd()
-            machine.serve_images()
-            host = Host(directory / "host.sock")
-            try:
-                yield from _measure(machine, Tremplin(machine, host))
-            finally:
-                host.stop()
-    finally:
-        shutil.rmtree(directory)
+    with new_machine() as machine:
+        machine.start_lxd()
+        machine.serve_images()
+        host = Host(machine.directory / "host.sock")
+        try:
+            yield from _measure(machine, Tremplin(machine, host))
+        finally:
+            host.stop()
 
 
 def _measure(machine: Machine, tremplin: Tremplin) -> Iterator[Figure]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.lxd.host import Host, Tremplin
-from tests.lxd.machine import Machine
+from tests.lxd.machine import new_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.lxd.machine import Machine
 
 
 @pytest.fixture(scope="session")
@@ -22,16 +21,10 @@ def machine() -> Iterator[Machine]:
     """Namespaces with LXD and an image server in them."""
     if os.geteuid() != 0:
         pytest.fail("these tests make namespaces and cgroups: run them as root")
-    directory = Path(tempfile.mkdtemp(prefix="lxd-", dir="/var/tmp"))
-    # The root user of an unprivileged container has to get through.
-    directory.chmod(0o711)
-    try:
-        with Machine(directory) as machine:
-            machine.start_lxd()
-            machine.serve_images()
-            yield machine
-    finally:
-        shutil.rmtree(directory)
+    with new_machine() as machine:
+        machine.start_lxd()
+        machine.serve_images()
+        yield machine
 
 
 @pytest.fixture(scope="session")

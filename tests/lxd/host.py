@@ -198,6 +198,10 @@ class Tremplin:
 
     def create(self, name: str, *, alias: str = "busybox", server: str = "") -> Report:
         """Makes a container and returns the host's last report of it."""
+        return self.end_of_create(name, self.begin_create(name, alias=alias, server=server))
+
+    def begin_create(self, name: str, *, alias: str = "big", server: str = "") -> int:
+        """Has a container made; how many reports there were before that."""
         before = len(self.host.reports)
         response = self.call(
             "CreateContainer",
@@ -206,11 +210,15 @@ class Tremplin:
             image_alias=alias,
         )
         assert response.status == pb.CreateContainerResponse.CREATING, response
+        return before
+
+    def end_of_create(self, name: str, after: int) -> Report:
+        """The last report of a creation; after: what begin_create() gave."""
         return self.host.wait_for(
             "UpdateCreateStatus",
             container=name,
             not_status=pb.ContainerCreationProgress.DOWNLOADING,
-            after=before,
+            after=after,
         )
 
     def run_in(self, container: str, *command: str) -> str:

@@ -6,9 +6,11 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +64,19 @@ class Gate:
     def open(self) -> None:
         """Lets the container start, now and in future."""
         (self._outside / "opened").touch()
+
+
+@contextlib.contextmanager
+def new_machine() -> Iterator[Machine]:
+    """A machine with a directory of its own, on a disk."""
+    directory = Path(tempfile.mkdtemp(prefix="lxd-", dir="/var/tmp"))
+    # The root user of an unprivileged container has to get through.
+    directory.chmod(0o711)
+    try:
+        with Machine(directory) as machine:
+            yield machine
+    finally:
+        shutil.rmtree(directory)
 
 
 class Machine:

@@ -19,18 +19,6 @@ pytestmark = pytest.mark.usefixtures("no_images")
 CREATION = pb.ContainerCreationProgress
 
 
-def _begin(tremplin: Tremplin, name: str) -> int:
-    before = len(tremplin.host.reports)
-    response = tremplin.call(
-        "CreateContainer",
-        container_name=name,
-        image_server=tremplin.machine.new_server(),
-        image_alias="big",
-    )
-    assert response.status == pb.CreateContainerResponse.CREATING, response
-    return before
-
-
 def _percent_reached(tremplin: Tremplin, name: str, percent: int) -> bool:
     messages = tremplin.host.of("UpdateCreateStatus", name)
     return any(message.download_progress >= percent for message in messages)
@@ -40,7 +28,7 @@ def test_tremplin_killed_while_downloading(tremplin: Tremplin) -> None:
     """The download goes on in LXD; the percentages go on too, and end in one CREATED."""
     host = tremplin.host
     with tremplin.machine.slow_down(2e6):
-        before = _begin(tremplin, "download")
+        before = tremplin.begin_create("download")
         wait_until(lambda: _percent_reached(tremplin, "download", 10), "10 percent")
         tremplin.restart()
         again = tremplin.call(
@@ -70,7 +58,7 @@ def test_tremplin_killed_while_downloading(tremplin: Tremplin) -> None:
 def test_tremplin_killed_at_any_moment(tremplin: Tremplin, moment: int) -> None:
     """From the call to the end of a creation, at eight moments: it always ends in CREATED."""
     with tremplin.machine.slow_down(40e6):
-        before = _begin(tremplin, "moment")
+        before = tremplin.begin_create("moment")
         if moment:
             wait_until(lambda: _percent_reached(tremplin, "moment", moment * 14), "the moment")
         tremplin.restart()
@@ -117,7 +105,7 @@ def test_lxd_killed_while_downloading(tremplin: Tremplin) -> None:
     """FAILED, nothing is left, and the next creation works."""
     machine = tremplin.machine
     with machine.slow_down(1e6):
-        before = _begin(tremplin, "lost")
+        before = tremplin.begin_create("lost")
         wait_until(lambda: _percent_reached(tremplin, "lost", 10), "10 percent")
         machine.kill_lxd()
         machine.start_lxd()

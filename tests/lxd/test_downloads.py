@@ -22,24 +22,6 @@ def _no_images(tremplin: Tremplin) -> None:
     tremplin.machine.forget_images()
 
 
-def _begin(tremplin: Tremplin, name: str, *, alias: str = "big", server: str = "") -> int:
-    before = len(tremplin.host.reports)
-    response = tremplin.call(
-        "CreateContainer",
-        container_name=name,
-        image_server=server or tremplin.machine.new_server(),
-        image_alias=alias,
-    )
-    assert response.status == pb.CreateContainerResponse.CREATING, response
-    return before
-
-
-def _end(tremplin: Tremplin, name: str, after: int) -> Report:
-    return tremplin.host.wait_for(
-        "UpdateCreateStatus", container=name, not_status=CREATION.DOWNLOADING, after=after
-    )
-
-
 def _nothing_is_left(tremplin: Tremplin) -> None:
     machine = tremplin.machine
     assert machine.containers() == {}
@@ -56,8 +38,8 @@ def _works_now(tremplin: Tremplin, name: str) -> None:
 def test_progress(tremplin: Tremplin) -> None:
     """Percentages rise and never fall, and none stays away for longer than about a second."""
     with tremplin.machine.slow_down(4e6):
-        before = _begin(tremplin, "progress")
-        assert _end(tremplin, "progress", before).message.status == CREATION.CREATED
+        before = tremplin.begin_create("progress")
+        assert tremplin.end_of_create("progress", before).message.status == CREATION.CREATED
     reports = [r for r in tremplin.host.reports[before:] if r.method == "UpdateCreateStatus"]
     percents = [r.message.download_progress for r in reports[:-1]]
     assert percents == sorted(percents)
@@ -71,11 +53,11 @@ def test_same_image_twice_at_once(tremplin: Tremplin) -> None:
     """The second one shows progress too, and both are whole."""
     with tremplin.machine.slow_down(4e6):
         server = tremplin.machine.new_server()
-        before = _begin(tremplin, "one", server=server)
+        before = tremplin.begin_create("one", server=server)
         tremplin.host.wait_for("UpdateCreateStatus", container="one", after=before)
-        _begin(tremplin, "two", server=server)
+        tremplin.begin_create("two", server=server)
         for name in ("one", "two"):
-            assert _end(tremplin, name, before).message.status == CREATION.CREATED
+            assert tremplin.end_of_create(name, before).message.status == CREATION.CREATED
     percents = [
         message.download_progress for message in tremplin.host.of("UpdateCreateStatus", "two")
     ]
@@ -86,19 +68,19 @@ def test_same_image_twice_at_once(tremplin: Tremplin) -> None:
 
 def test_different_images_at_once(tremplin: Tremplin) -> None:
     """Each has its own progress."""
-    before = _begin(tremplin, "small", alias="busybox")
-    _begin(tremplin, "large", alias="big")
+    before = tremplin.begin_create("small", alias="busybox")
+    tremplin.begin_create("large", alias="big")
     for name in ("small", "large"):
-        assert _end(tremplin, name, before).message.status == CREATION.CREATED
+        assert tremplin.end_of_create(name, before).message.status == CREATION.CREATED
     assert set(tremplin.machine.containers()) == {"small", "large"}
 
 
 def test_server_stalls(tremplin: Tremplin) -> None:
     """DOWNLOAD_TIMED_OUT after the time of the option (3 s here) without a byte."""
     tremplin.machine.behave(stall_after=2_000_000)
-    before = _begin(tremplin, "stall")
+    before = tremplin.begin_create("stall")
     began = time.monotonic()
-    end = _end(tremplin, "stall", before)
+    end = tremplin.end_of_create("stall", before)
     assert end.message.status == CREATION.DOWNLOAD_TIMED_OUT
     assert "cannot create container stall: no byte came" in end.message.failure_reason
     assert 2.5 < end.at - began < 8
@@ -109,7 +91,7 @@ def test_server_stalls(tremplin: Tremplin) -> None:
 def test_slow_is_not_stalled(tremplin: Tremplin) -> None:
     """A download of which one percent takes longer than the option is left alone."""
     with tremplin.machine.slow_down(20_000):
-        before = _begin(tremplin, "slow")
+        before = tremplin.begin_create("slow")
         time.sleep(5)  # longer than the option; that nothing happens cannot be waited for
         ends = [
             message
@@ -117,14 +99,14 @@ def test_slow_is_not_stalled(tremplin: Tremplin) -> None:
             if message.status != CREATION.DOWNLOADING
         ]
         assert ends == []
-    assert _end(tremplin, "slow", before).message.status == CREATION.CREATED
+    assert tremplin.end_of_create("slow", before).message.status == CREATION.CREATED
 
 
 def test_wrong_checksum(tremplin: Tremplin) -> None:
     """The image is thrown away."""
     tremplin.machine.behave(corrupt=True)
-    before = _begin(tremplin, "checksum")
-    end = _end(tremplin, "checksum", before)
+    before = tremplin.begin_create("checksum")
+    end = tremplin.end_of_create("checksum", before)
     assert end.message.status == CREATION.FAILED
     assert "Hash mismatch" in end.message.failure_reason
     _nothing_is_left(tremplin)
@@ -141,8 +123,8 @@ def test_wrong_checksum(tremplin: Tremplin) -> None:
 )
 def test_no_such_image(tremplin: Tremplin, alias: str, server: str, reason: str) -> None:
     """An unknown alias, a server that is not there, a name that means nothing."""
-    before = _begin(tremplin, "missing", alias=alias, server=server)
-    end = _end(tremplin, "missing", before)
+    before = tremplin.begin_create("missing", alias=alias, server=server)
+    end = tremplin.end_of_create("missing", before)
     assert end.message.status == CREATION.FAILED
     assert reason in end.message.failure_reason
     assert end.message.failure_reason.startswith("cannot create container missing: ")
@@ -153,11 +135,11 @@ def test_no_such_image(tremplin: Tremplin, alias: str, server: str, reason: str)
 def test_cancelled_by_delete(tremplin: Tremplin) -> None:
     """DeleteContainer gives up a creation: CANCELLED, then DELETED."""
     with tremplin.machine.slow_down(500_000):
-        before = _begin(tremplin, "given-up")
+        before = tremplin.begin_create("given-up")
         tremplin.host.wait_for("UpdateCreateStatus", container="given-up", after=before)
         delete = tremplin.call("DeleteContainer", container_name="given-up")
         assert delete.status == pb.DeleteContainerResponse.DELETING
-        assert _end(tremplin, "given-up", before).message.status == CREATION.CANCELLED
+        assert tremplin.end_of_create("given-up", before).message.status == CREATION.CANCELLED
         deleted = tremplin.host.wait_for("UpdateDeletionStatus", container="given-up", after=before)
         assert deleted.message.status == pb.ContainerDeletionProgress.DELETED
     _nothing_is_left(tremplin)
@@ -168,11 +150,11 @@ def test_cancelled_in_lxd(tremplin: Tremplin) -> None:
     """An operation that somebody cancels with lxc ends as CANCELLED."""
     machine = tremplin.machine
     with machine.slow_down(500_000):
-        before = _begin(tremplin, "cancelled")
+        before = tremplin.begin_create("cancelled")
         tremplin.host.wait_for("UpdateCreateStatus", container="cancelled", after=before)
         (operation,) = machine.api.operations.get().json()["metadata"]["running"]
         machine.run("lxc", "operation", "delete", operation.rsplit("/", 1)[1])
-        assert _end(tremplin, "cancelled", before).message.status == CREATION.CANCELLED
+        assert tremplin.end_of_create("cancelled", before).message.status == CREATION.CANCELLED
     _nothing_is_left(tremplin)
     _works_now(tremplin, "cancelled")
 
@@ -180,9 +162,9 @@ def test_cancelled_in_lxd(tremplin: Tremplin) -> None:
 def test_asked_twice(tremplin: Tremplin) -> None:
     """A second CreateContainer of the same name joins the first."""
     with tremplin.machine.slow_down(4e6):
-        before = _begin(tremplin, "asked")
-        _begin(tremplin, "asked")
-        assert _end(tremplin, "asked", before).message.status == CREATION.CREATED
+        before = tremplin.begin_create("asked")
+        tremplin.begin_create("asked")
+        assert tremplin.end_of_create("asked", before).message.status == CREATION.CREATED
     finals = [m for m in tremplin.host.of("UpdateCreateStatus", "asked") if m.status != 1]
     assert len(finals) == 1
 
@@ -193,11 +175,11 @@ def test_name_taken_meanwhile(tremplin: Tremplin) -> None:
     tremplin.create("other")
     (image,) = machine.images()
     with machine.slow_down(4e6):
-        before = _begin(tremplin, "taken")
+        before = tremplin.begin_create("taken")
         tremplin.host.wait_for("UpdateCreateStatus", container="taken", after=before)
         machine.run("lxc", "init", image, "taken")
         machine.run("lxc", "config", "set", "taken", "user.mine=yes")
-        end = _end(tremplin, "taken", before)
+        end = tremplin.end_of_create("taken", before)
     assert end.message.status == CREATION.FAILED
     assert "already in use" in end.message.failure_reason
     assert machine.containers() == {"other": "Stopped", "taken": "Stopped"}
@@ -214,7 +196,7 @@ def test_broken_files(tremplin: Tremplin) -> None:
             "CreateContainer", container_name="broken", rootfs_path=rootfs, metadata_path=metadata
         )
         assert answer.status == pb.CreateContainerResponse.CREATING
-        return _end(tremplin, "broken", before)
+        return tremplin.end_of_create("broken", before)
 
     assert create("/etc/services").message.status == CREATION.FAILED
     _nothing_is_left(tremplin)
@@ -226,8 +208,8 @@ def test_disk_full(tremplin: Tremplin) -> None:
     """FAILED with the system's words; it works when there is room again."""
     machine = tremplin.machine
     with machine.full_disk(left=5 * 1024 * 1024):
-        before = _begin(tremplin, "full")
-        end = _end(tremplin, "full", before)
+        before = tremplin.begin_create("full")
+        end = tremplin.end_of_create("full", before)
         assert end.message.status == CREATION.FAILED
         assert "no space left on device" in end.message.failure_reason.lower()
     # As long as the disk is full LXD cannot remove anything.
@@ -278,9 +260,9 @@ def test_host_was_away(tremplin: Tremplin) -> None:
     """What happened meanwhile reaches it when it is back: the end and the last percentage."""
     host = tremplin.host
     host.stop()
-    before = _begin(tremplin, "away", alias="busybox")
+    before = tremplin.begin_create("away", alias="busybox")
     wait_until(lambda: tremplin.machine.containers() == {"away": "Stopped"}, "the container")
     host.start()
-    assert _end(tremplin, "away", before).message.status == CREATION.CREATED
+    assert tremplin.end_of_create("away", before).message.status == CREATION.CREATED
     statuses = [message.status for message in host.of("UpdateCreateStatus", "away")]
     assert len(statuses) <= 4

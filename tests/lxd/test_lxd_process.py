@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +12,7 @@ import pytest
 from agent.pb import tremplin_pb2 as pb
 from agent.process_supervisor.client import Client
 from tests.lxd.host import Host, Tremplin
-from tests.lxd.machine import Machine, wait_until
+from tests.lxd.machine import new_machine, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,27 +58,23 @@ class _SupervisedTremplin(Tremplin):
 @pytest.fixture(scope="module")
 def supervised() -> Iterator[_SupervisedTremplin]:
     """PID 1 and tremplin, which starts LXD, with one stopped container `kept`."""
-    directory = Path(tempfile.mkdtemp(prefix="lxd-", dir="/var/tmp"))
-    directory.chmod(0o711)
-    try:
-        with Machine(directory) as machine:
-            machine.serve_images()
-            log = (directory / "pid1.log").open("a")
-            machine.spawn(
-                sys.executable, "-m", "agent.process_supervisor", "maitred.setup=no",
-                f"maitred.listen=unix:{directory}/maitred.sock", "maitred.run_dir=/run/maitred",
-                "maitred.no_startup_processes=yes", stdout=log, stderr=log,
-            )  # fmt: skip
-            log.close()
-            socket = Path(f"/proc/{machine.init_pid}/root/run/maitred/supervisor.sock")
-            wait_until(socket.exists, "PID 1")
-            host = Host(directory / "host.sock")
-            tremplin = _SupervisedTremplin(machine, host)
-            tremplin.create("kept")
-            yield tremplin
-            host.stop()
-    finally:
-        shutil.rmtree(directory)
+    with new_machine() as machine:
+        directory = machine.directory
+        machine.serve_images()
+        log = (directory / "pid1.log").open("a")
+        machine.spawn(
+            sys.executable, "-m", "agent.process_supervisor", "maitred.setup=no",
+            f"maitred.listen=unix:{directory}/maitred.sock", "maitred.run_dir=/run/maitred",
+            "maitred.no_startup_processes=yes", stdout=log, stderr=log,
+        )  # fmt: skip
+        log.close()
+        socket = Path(f"/proc/{machine.init_pid}/root/run/maitred/supervisor.sock")
+        wait_until(socket.exists, "PID 1")
+        host = Host(directory / "host.sock")
+        tremplin = _SupervisedTremplin(machine, host)
+        tremplin.create("kept")
+        yield tremplin
+        host.stop()
 
 
 def test_lxd_dies(supervised: _SupervisedTremplin) -> None:
