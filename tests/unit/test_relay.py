@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
 from agent.listening import open_listener, remove_stale_socket
 from agent.options import UnixAddress, VsockAddress
 from agent.relay import RefusalLog, Relay, connect
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 
 class _Peer:
@@ -39,6 +43,18 @@ class _Peer:
         return await asyncio.wait_for(self._accepted.get(), 10)
 
 
+@contextlib.asynccontextmanager
+async def _relayed(directory: Path) -> AsyncIterator[tuple[UnixAddress, _Peer, Relay]]:
+    """A relay from an address to a peer; at the end no connection is left."""
+    front = UnixAddress(str(directory / "front"))
+    async with _Peer(directory / "inner") as peer:
+        relay = Relay(front, peer.address)
+        await relay.start()
+        yield front, peer, relay
+        await _none_left(relay)
+        await relay.close()
+
+
 async def _none_left(relay: Relay) -> None:
     async with asyncio.timeout(10):
         while relay.connections:
@@ -47,10 +63,7 @@ async def _none_left(relay: Relay) -> None:
 
 def test_bytes_and_half_closes_are_carried_over_both_ways(tmp_path: Path) -> None:
     async def run() -> None:
-        async with _Peer(tmp_path / "inner") as peer:
-            front = UnixAddress(str(tmp_path / "front"))
-            relay = Relay(front, peer.address)
-            await relay.start()
+        async with _relayed(tmp_path) as (front, peer, relay):
             reader, writer = await asyncio.open_unix_connection(front.path)
             writer.write(b"question")
             writer.write_eof()
@@ -59,10 +72,9 @@ def test_bytes_and_half_closes_are_carried_over_both_ways(tmp_path: Path) -> Non
             inner_writer.write(b"answer")
             inner_writer.write_eof()
             assert await reader.read() == b"answer"
-            await _none_left(relay)
+            await _none_left(relay)  # although neither end has closed its socket
             writer.close()
             inner_writer.close()
-            await relay.close()
 
     asyncio.run(run())
 
@@ -71,10 +83,7 @@ def test_a_lot_of_data_arrives_whole_and_is_not_piled_up(tmp_path: Path) -> None
     block = os.urandom(1 << 20)
 
     async def run() -> None:
-        async with _Peer(tmp_path / "inner") as peer:
-            front = UnixAddress(str(tmp_path / "front"))
-            relay = Relay(front, peer.address)
-            await relay.start()
+        async with _relayed(tmp_path) as (front, peer, _):
             _, writer = await asyncio.open_unix_connection(front.path)
             inner_reader, inner_writer = await peer.accept()
             for _ in range(16):
@@ -87,8 +96,6 @@ def test_a_lot_of_data_arrives_whole_and_is_not_piled_up(tmp_path: Path) -> None
             await drain
             writer.close()
             inner_writer.close()
-            await _none_left(relay)
-            await relay.close()
 
     asyncio.run(run())
 
@@ -96,10 +103,7 @@ def test_a_lot_of_data_arrives_whole_and_is_not_piled_up(tmp_path: Path) -> None
 @pytest.mark.parametrize("leaver", ["front", "inner"])
 def test_when_one_side_vanishes_the_other_is_closed(tmp_path: Path, leaver: str) -> None:
     async def run() -> None:
-        async with _Peer(tmp_path / "inner") as peer:
-            front = UnixAddress(str(tmp_path / "front"))
-            relay = Relay(front, peer.address)
-            await relay.start()
+        async with _relayed(tmp_path) as (front, peer, _):
             reader, writer = await asyncio.open_unix_connection(front.path)
             inner_reader, inner_writer = await peer.accept()
             sides = {"front": (reader, writer), "inner": (inner_reader, inner_writer)}
@@ -108,26 +112,19 @@ def test_when_one_side_vanishes_the_other_is_closed(tmp_path: Path, leaver: str)
             gone.transport.abort()
             assert await asyncio.wait_for(stays_reader.read(), 10) == b""
             stays_writer.close()
-            await _none_left(relay)
-            await relay.close()
 
     asyncio.run(run())
 
 
 def test_what_was_sent_before_leaving_is_still_delivered(tmp_path: Path) -> None:
     async def run() -> None:
-        async with _Peer(tmp_path / "inner") as peer:
-            front = UnixAddress(str(tmp_path / "front"))
-            relay = Relay(front, peer.address)
-            await relay.start()
+        async with _relayed(tmp_path) as (front, peer, _):
             _, writer = await asyncio.open_unix_connection(front.path)
             writer.write(b"x" * 3_000_000)
             writer.close()
             inner_reader, inner_writer = await peer.accept()
             assert len(await asyncio.wait_for(inner_reader.read(), 10)) == 3_000_000
             inner_writer.close()
-            await _none_left(relay)
-            await relay.close()
 
     asyncio.run(run())
 
@@ -226,10 +223,7 @@ def test_an_inherited_socket_goes_on_listening_for_the_next(tmp_path: Path) -> N
 
 def test_many_connections_at_once_all_get_through_a_small_backlog(tmp_path: Path) -> None:
     async def run() -> None:
-        async with _Peer(tmp_path / "inner") as peer:
-            front = UnixAddress(str(tmp_path / "front"))
-            relay = Relay(front, peer.address)
-            await relay.start()
+        async with _relayed(tmp_path) as (front, peer, relay):
             clients = [connect(front) for _ in range(300)]
             sockets = await asyncio.gather(*clients)
             inner = [await peer.accept() for _ in sockets]
@@ -238,8 +232,6 @@ def test_many_connections_at_once_all_get_through_a_small_backlog(tmp_path: Path
                 one.close()
             for _, writer in inner:
                 writer.close()
-            await _none_left(relay)
-            await relay.close()
 
     asyncio.run(run())
 
