@@ -21,6 +21,7 @@ from tests.vm.vms import boot, new_vm, output_of
 pytestmark = pytest.mark.timeout(300)
 
 _EMPTY = common_pb2.EmptyMessage()
+_CALL_SECONDS = 120
 
 _STRANGER = """
 import errno, fcntl, os, socket, struct, sys, time
@@ -69,10 +70,15 @@ async def _through_the_shell(vm: Vm, *argv: str) -> str:
 
 async def _call(vm: Vm) -> str:
     """What a host gets that has not spoken to the VM before and calls it once."""
-    options = [("grpc.use_local_subchannel_pool", 1)]
+    # gRPC gives up an attempt to connect after 20 s, in which a slow VM has not even run what is
+    # to happen meanwhile.
+    options = [
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.min_reconnect_backoff_ms", 1000 * _CALL_SECONDS),
+    ]
     async with grpc.aio.insecure_channel(f"unix:{vm.maitred_socket}", options=options) as channel:
         maitred = vm_guest_pb2_grpc.MaitredStub(channel)
-        answer = await maitred.GetKernelVersion(_EMPTY, timeout=60)
+        answer = await maitred.GetKernelVersion(_EMPTY, timeout=_CALL_SECONDS)
     return str(answer.kernel_release)
 
 
