@@ -120,7 +120,7 @@ def package_list(path: Path) -> list[str]:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds a lock that other builds, in this checkout or another, wait for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -177,7 +177,7 @@ def working_folder(parent: Path) -> Iterator[Path]:
 
     Each is locked while it is in use, so that a folder without a holder is a left-over.
     """
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     for old in parent.glob(".work-*"):
         _sweep(old)
     folder = Path(tempfile.mkdtemp(prefix=".work-", dir=parent))
@@ -208,7 +208,7 @@ def _sweep(folder: Path) -> None:
 
 def publish(source: Path, target: Path) -> None:
     """Copies a file to its final place at once, sparse, owned by whoever called sudo."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     aside = target.with_name(f".{target.name}.new")
     run(["cp", "--sparse=always", "--reflink=auto", source, aside])
     give_back(aside)
@@ -234,9 +234,17 @@ def give_back(path: Path) -> None:
         os.chown(path, int(os.environ["SUDO_UID"]), int(os.environ.get("SUDO_GID", "-1")))
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those it is in, owned by whoever called sudo; ~/.cache may be one."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        give_back(path)
+
+
 def write_text(target: Path, text: str) -> None:
     """Writes a small file at once, owned by whoever called sudo."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     aside = target.with_name(f".{target.name}.new")
     aside.write_text(text)
     give_back(aside)

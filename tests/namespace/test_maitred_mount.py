@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pytest
 
 from agent import syscalls
 from agent.pb import vm_guest_pb2
@@ -12,7 +16,14 @@ from tests.namespace.test_maitred_termina import MIB, _digest, _loop_device, _ru
 from tests.namespace.vm_in_namespaces import Vm, in_vm
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def on_root() -> Iterator[Path]:
+    """A directory on the root's filesystem, which /tmp need not be."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
+        yield Path(directory)
 
 
 async def _mount(vm: Vm, **fields: object) -> int:
@@ -114,8 +125,8 @@ def test_errors_are_errnos_and_leave_nothing_behind(tmp_path: Path) -> None:
     in_vm(tmp_path, scenario)
 
 
-def test_a_link_planted_by_a_container_moves_no_mount(tmp_path: Path) -> None:
-    shared, elsewhere = tmp_path / "shared", tmp_path / "elsewhere"
+def test_a_link_planted_by_a_container_moves_no_mount(tmp_path: Path, on_root: Path) -> None:
+    shared, elsewhere = on_root / "shared", on_root / "elsewhere"
     shared.mkdir()
     elsewhere.mkdir()
     for name, target in (("absolute", str(elsewhere)), ("relative", "../elsewhere")):

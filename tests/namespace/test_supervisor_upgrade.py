@@ -115,7 +115,8 @@ def copy(tmp_path: Path) -> Path:
     """A copy of the agent that may be broken."""
     copy = tmp_path / "copy"
     copy.mkdir()
-    subprocess.run(["cp", "-r", REPOSITORY / "agent", copy], check=True)
+    # With its times: a change within the second in which Python compiled a file is not seen.
+    subprocess.run(["cp", "-a", REPOSITORY / "agent", copy], check=True)
     return copy
 
 
