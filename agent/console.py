@@ -7,14 +7,33 @@ from __future__ import annotations
 import os
 import time
 
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
+"""For str.translate(): control characters as \\xNN."""
+
+_LONGEST = 2000
+"""Characters of a line; what is longer was written by somebody who is not to fill a log."""
+
+
+def printable(text: str) -> str:
+    r"""Text on one line: any blanks in it become one space, other control characters \xNN and what
+    is no character \udNNN. Somebody else's words may be in it, and go to terminals and to hosts.
+    """
+    line = " ".join(text.split())
+    if not line.isprintable():
+        line = line.translate(CONTROLS).encode(errors="backslashreplace").decode()
+    return line
+
 
 def format_line(program: str, text: str) -> str:
     """One console line, without the line feed.
 
-    program: who says it; text: what, any line feeds in it become spaces.
+    program: who says it; text: what, as printable() makes it.
     """
     seconds = time.clock_gettime(time.CLOCK_BOOTTIME)
-    return f"[{seconds:9.3f}] {program}: {' '.join(text.split())}"
+    line = printable(text)
+    if len(line) > _LONGEST:
+        line = f"{line[:_LONGEST]}…"
+    return f"[{seconds:9.3f}] {program}: {line}"
 
 
 def write_line(program: str, text: str) -> None:

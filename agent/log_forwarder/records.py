@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 
+from agent.console import CONTROLS
 from agent.pb import vm_host_pb2
 
 _NS = 1_000_000_000
@@ -23,8 +24,6 @@ _PRIORITY_MAX = 191
 _QUARTER_HOUR = 900
 """Every timezone is a whole number of these away from UTC."""
 _SKEW = 3
-
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0))}
 
 
 class Record:
@@ -55,7 +54,7 @@ def clean(data: bytes) -> bytes:
     r"""Valid UTF-8 on one line: other bytes and control characters become \xNN."""
     text = data.decode("utf-8", errors="backslashreplace")
     if not text.isprintable():
-        text = text.translate(_CONTROLS)
+        text = text.translate(CONTROLS)
     return text.encode("utf-8", errors="backslashreplace")
 
 

@@ -25,6 +25,9 @@ _OPTIONAL_GROUPS = (
     "audio", "cdrom", "dialout", "floppy", "kvm", "libvirt", "plugdev", "sudo", "users", "video",
 )  # fmt: skip
 _NOWHERE = "/nonexistent"
+_LARGEST_ID = 2**32 - 2
+_LONGEST_NAME = 256
+_LONGEST_HOME = 1024
 _USERNAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}")
 
 
@@ -73,8 +76,16 @@ def without_name(text: str, username: str) -> str:
 
 
 def find_user(passwd: str, uid: int) -> User | None:
-    """The first user with that uid."""
-    return next((user for user in _users(passwd) if user.uid == uid), None)
+    """The first user with that uid. Raises AccountError: its name or home can be told to nobody."""
+    user = next((user for user in _users(passwd) if user.uid == uid), None)
+    if user is not None and not (
+        user.name.isprintable()
+        and user.home.isprintable()
+        and len(user.name) <= _LONGEST_NAME
+        and len(user.home) <= _LONGEST_HOME
+    ):
+        raise AccountError(f"the user with uid {uid} has a name or a home that cannot be used")
+    return user
 
 
 def plan(files: AccountFiles, username: str, *, shell: str, no_shell: str) -> Plan:
@@ -198,4 +209,4 @@ def _groups(group: str) -> Iterable[tuple[str, int]]:
 
 
 def _is_id(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= _LARGEST_ID

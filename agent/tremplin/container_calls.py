@@ -7,6 +7,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakValueDictionary
 
 from agent.pb import tremplin_pb2 as pb
 from agent.pb.tremplin_pb2_grpc import TremplinServicer
@@ -23,11 +25,19 @@ from agent.tremplin.timezone import set_timezone, timezone_problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TypeVar
+
     import grpc.aio
 
     from agent.tremplin.session import Session
 
+    T = TypeVar("T")
+
 _log = logging.getLogger(__name__)
+
+_THREADS = 8
+"""Containers whose files are looked at at once."""
 
 
 class ContainerCalls(TremplinServicer):
@@ -35,7 +45,26 @@ class ContainerCalls(TremplinServicer):
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._account_locks: dict[str, asyncio.Lock] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="files")
+        self._in_hand: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def _with_files_of(
+        self, container: str, function: Callable[..., T], *args: Any, **named: Any
+    ) -> T:
+        # A container may let whoever looks at its files wait: not those who look at others, nor
+        # those who ask LXD. So one at a time, to the end, also when the host has hung up.
+        lock = self._in_hand.setdefault(container, asyncio.Lock())
+        await lock.acquire()
+        work = functools.partial(function, self._session.lxd.socket_path, container, *args, **named)
+        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+        def ended(_: asyncio.Future[T]) -> None:
+            if not future.cancelled():
+                future.exception()  # the host may have hung up, and nobody wants to know it
+            lock.release()
+
+        future.add_done_callback(ended)
+        return await asyncio.shield(future)
 
     async def GetContainerUsername(
         self,
@@ -61,9 +90,8 @@ class ContainerCalls(TremplinServicer):
                     status=statuses.CONTAINER_NOT_RUNNING,
                     failure_reason=cannot(what, name, "it is not running"),
                 )
-            lxd = self._session.lxd
-            user = await lxd.in_thread(read_primary_user, lxd.socket_path, name)
-        except (LxdError, OSError) as error:
+            user = await self._with_files_of(name, read_primary_user)
+        except (AccountError, LxdError, OSError) as error:
             return statuses(status=statuses.FAILED, failure_reason=cannot(what, name, error))
         if user is None:
             return statuses(
@@ -83,25 +111,14 @@ class ContainerCalls(TremplinServicer):
         statuses = pb.SetUpUserResponse
         problem = name_problem(name)
         if not problem:
-            lock = self._account_locks.setdefault(name, asyncio.Lock())
             try:
-                async with lock:
-                    plan = await self._session.lxd.in_thread(
-                        functools.partial(
-                            set_up_user,
-                            self._session.lxd.socket_path,
-                            name,
-                            request.container_username,
-                            flush=self._session.flush,
-                        )
-                    )
+                plan = await self._with_files_of(
+                    name, set_up_user, request.container_username, flush=self._session.flush
+                )
             except FileNotFoundError as error:
                 problem = str(error.strerror or error)
             except (AccountError, LxdError, OSError) as error:
                 problem = one_line(error)
-            finally:
-                if not lock.locked():
-                    self._account_locks.pop(name, None)
         if problem:
             problem = without_name(problem, request.container_username)
             reason = cannot("set up the user of", name, problem)
@@ -151,8 +168,7 @@ class ContainerCalls(TremplinServicer):
         return response
 
     async def _set_timezone(self, name: str, request: pb.SetTimezoneRequest) -> str:
-        lxd = self._session.lxd
-        known = await lxd.in_thread(set_timezone, lxd.socket_path, name, request.timezone_name)
+        known = await self._with_files_of(name, set_timezone, request.timezone_name)
         if not known and not request.posix_tz_string:
             return "it does not know the zone, and there is no POSIX string"
         # Programs that are started in the container go by TZ where there are no zone files.
@@ -161,7 +177,7 @@ class ContainerCalls(TremplinServicer):
         if instance is None:
             return "there is no such container"
         if instance["config"].get("environment.TZ", "") != wanted:
-            await lxd.request(
+            await self._session.lxd.request(
                 "patch", "instances", name, json={"config": {"environment.TZ": wanted}}
             )
         return ""

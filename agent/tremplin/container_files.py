@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 import struct
+import time
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
     from typing import Self
 
 _SECONDS = 60.0
+"""What LXD has for all answers together. The container may hold up each: by a FIFO, or by a
+filesystem of its own."""
 _CHUNK = 32 * 1024
-_LARGEST_FILE = 4 * 1024 * 1024
+_LARGEST_FILE = 1024 * 1024
+_LARGEST_DIRECTORY = 10_000
+"""Files of a directory that are listed."""
 _LARGEST_PACKET = 1024 * 1024
 
 (_INIT, _VERSION, _OPEN, _CLOSE, _READ, _WRITE, _LSTAT) = range(1, 8)
@@ -33,7 +38,7 @@ _LARGEST_PACKET = 1024 * 1024
 (_STATUS, _HANDLE, _DATA, _NAME, _ATTRS, _EXTENDED) = (101, 102, 103, 104, 105, 200)
 (_OK, _EOF, _NO_SUCH_FILE, _PERMISSION_DENIED) = range(4)
 (_HAS_SIZE, _HAS_OWNER, _HAS_MODE, _HAS_TIMES, _HAS_MORE) = (1, 2, 4, 8, 0x80000000)
-(_FOR_READING, _FOR_WRITING, _CREATE, _TRUNCATE) = (1, 2, 8, 16)
+(_FOR_READING, _FOR_WRITING, _CREATE, _EXCLUSIVE) = (1, 2, 8, 32)
 
 
 class ClosedError(ConnectionError):
@@ -56,6 +61,7 @@ class ContainerFiles:
         """socket_path: LXD's. Raises OSError: LXD does not give access to the files."""
         self._container = container
         self._number = 0
+        self._left = _SECONDS
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._socket.settimeout(_SECONDS)
@@ -87,7 +93,10 @@ class ContainerFiles:
         self._socket.close()
 
     def read(self, path: str) -> bytes:
-        """The content of a file. Raises OSError; FileNotFoundError."""
+        """The content of a regular file. Raises OSError; FileNotFoundError."""
+        found = self.stat(path)
+        if found is not None and not stat.S_ISREG(found.mode):
+            raise OSError(f"{path} is not a regular file")
         handle = self._handle(_OPEN, _text(path) + struct.pack(">II", _FOR_READING, 0), path)
         content = bytearray()
         try:
@@ -105,8 +114,8 @@ class ContainerFiles:
             self._ask(_CLOSE, _text(handle))
 
     def write(self, path: str, content: bytes, *, mode: int, uid: int, gid: int) -> None:
-        """Makes or overwrites a file, in place. Raises OSError."""
-        flags = _FOR_WRITING | _CREATE | _TRUNCATE
+        """Makes a file. Raises OSError, also when something is there."""
+        flags = _FOR_WRITING | _CREATE | _EXCLUSIVE
         handle = self._handle(_OPEN, _text(path) + struct.pack(">II", flags, 0), path)
         try:
             # Before there is anything to read in it.
@@ -146,6 +155,8 @@ class ContainerFiles:
                     attributes, offset = _parse_attributes(body, offset)
                     if name not in {b".", b".."}:
                         found.append((os.fsdecode(name), attributes))
+                if len(found) > _LARGEST_DIRECTORY:
+                    raise OSError(f"{path} holds more than {_LARGEST_DIRECTORY} files")
         finally:
             self._ask(_CLOSE, _text(handle))
 
@@ -185,9 +196,16 @@ class ContainerFiles:
         if not stat.S_ISDIR(found.mode):
             self._command(_REMOVE, _text(path), path)
             return
-        for name, _ in self.list(path):
-            self.remove(f"{path}/{name}")
-        self._command(_RMDIR, _text(path), path)
+        directories = [path]
+        while directories:
+            last = directories[-1]
+            for name, inside in self.list(last):
+                if stat.S_ISDIR(inside.mode):
+                    directories.append(f"{last}/{name}")
+                else:
+                    self._command(_REMOVE, _text(f"{last}/{name}"), path)
+            if directories[-1] == last:
+                self._command(_RMDIR, _text(directories.pop()), path)
 
     def _upgrade(self) -> None:
         name = quote(self._container, safe="")
@@ -231,8 +249,15 @@ class ContainerFiles:
     def _ask(self, kind: int, body: bytes) -> tuple[int, bytes]:
         # One request at a time: the answer is the next packet.
         self._number += 1
-        self._send(kind, struct.pack(">I", self._number) + body)
-        answer, body = self._receive()
+        began = time.monotonic()
+        try:
+            self._socket.settimeout(max(self._left, 0.001))
+            self._send(kind, struct.pack(">I", self._number) + body)
+            answer, body = self._receive()
+        except TimeoutError:
+            raise TimeoutError("the container's files take too long") from None
+        finally:
+            self._left -= time.monotonic() - began
         if struct.unpack_from(">I", body)[0] != self._number:
             raise ConnectionError("LXD's file interface answers out of turn")
         return answer, body[4:]

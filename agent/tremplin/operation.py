@@ -14,6 +14,7 @@ import enum
 import logging
 from abc import ABC, abstractmethod
 
+from agent.console import printable
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.lxd_operations import LxdCancelledError
 from agent.tremplin.retry import until_done
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+
+_LONGEST_REASON = 1000
+"""Characters. Hosts take 4 MiB of a message; tar alone may have more to say of a bad archive."""
 
 _LXD_SECONDS = 60.0
 """How long the report of a failure waits for LXD, to undo what was done."""
@@ -189,11 +193,19 @@ class Operation(ABC):
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error, never empty."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The text of an error, never empty, as shown() makes it."""
+    return shown(str(error)) or type(error).__name__
+
+
+def shown(text: str) -> str:
+    """Text for the host, on one line: what a container, an image or a file to import has brought in
+    is neither endless nor for a terminal to obey, and can be sent.
+    """
+    line = printable(text)
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}…"
 
 
 def cannot(verb: str, container: str, why: str | BaseException) -> str:
     """Why something cannot be done with a container, as it is reported."""
-    reason = why if isinstance(why, str) else one_line(why)
+    reason = shown(why) if isinstance(why, str) else one_line(why)
     return f"cannot {verb} container {container}: {reason}"

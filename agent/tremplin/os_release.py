@@ -42,7 +42,7 @@ def parse_os_release(text: str) -> pb.OsRelease:
             words = shlex.split(value)
         except ValueError:
             continue
-        if equals and len(words) == 1:
+        if equals and len(words) == 1 and words[0].isprintable():
             values[key.strip()] = words[0]
     return pb.OsRelease(
         pretty_name=values.get("PRETTY_NAME", ""),

@@ -84,7 +84,7 @@ def set_up_user(
 
 @_RETRYING.wraps
 def read_primary_user(socket_path: str, container: str) -> User | None:
-    """The container's user with uid 1000. Raises OSError."""
+    """The container's user with uid 1000. Raises AccountError, OSError."""
     with ContainerFiles(socket_path, container) as files:
         return find_user(_decode(files.read("/etc/passwd")), PRIMARY_ID)
 
@@ -150,16 +150,19 @@ def _make_home(files: ContainerFiles, user: User) -> None:
 
 
 def _copy(files: ContainerFiles, source: str, target: str, user: User) -> None:
-    for name, found in files.list(source):
-        old, new = f"{source}/{name}", f"{target}/{name}"
-        if stat.S_ISLNK(found.mode):
-            files.make_link(new, files.read_link(old))
-        elif stat.S_ISDIR(found.mode):
-            files.make_directory(new, mode=found.mode & 0o777, uid=user.uid, gid=user.gid)
-            _copy(files, old, new, user)
-        elif stat.S_ISREG(found.mode):
-            content = files.read(old)
-            files.write(new, content, mode=found.mode & 0o777, uid=user.uid, gid=user.gid)
+    directories = [(source, target)]
+    while directories:
+        source, target = directories.pop()
+        for name, found in files.list(source):
+            old, new = f"{source}/{name}", f"{target}/{name}"
+            if stat.S_ISLNK(found.mode):
+                files.make_link(new, files.read_link(old))
+            elif stat.S_ISDIR(found.mode):
+                files.make_directory(new, mode=found.mode & 0o777, uid=user.uid, gid=user.gid)
+                directories.append((old, new))
+            elif stat.S_ISREG(found.mode):
+                content = files.read(old)
+                files.write(new, content, mode=found.mode & 0o777, uid=user.uid, gid=user.gid)
 
 
 def _make_linger(files: ContainerFiles, user: User) -> None:
@@ -170,10 +173,12 @@ def _make_linger(files: ContainerFiles, user: User) -> None:
 
 
 def _make_directories(files: ContainerFiles, path: str) -> None:
-    if path == "/" or files.stat(path) is not None:
-        return
-    _make_directories(files, posixpath.dirname(path))
-    files.make_directory(path, mode=0o755, uid=0, gid=0)
+    missing = []
+    while path != "/" and files.stat(path) is None:
+        missing.append(path)
+        path = posixpath.dirname(path)
+    for directory in reversed(missing):
+        files.make_directory(directory, mode=0o755, uid=0, gid=0)
 
 
 def _decode(raw: bytes) -> str:

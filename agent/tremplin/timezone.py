@@ -34,5 +34,7 @@ def set_timezone(socket_path: str, container: str, name: str) -> bool:
         files.rename(_NEW, "/etc/localtime")
         if files.stat("/etc/timezone") is not None:
             # Debian's copy of the name.
-            files.write("/etc/timezone", f"{name}\n".encode(), mode=0o644, uid=0, gid=0)
+            files.remove(_NEW)
+            files.write(_NEW, f"{name}\n".encode(), mode=0o644, uid=0, gid=0)
+            files.rename(_NEW, "/etc/timezone")
         return True
