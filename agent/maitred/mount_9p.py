@@ -10,8 +10,8 @@ import logging
 import os
 
 from agent import relay, syscalls
-from agent.maitred.mount_target import open_target
 from agent.options import HOST_CID, VsockAddress
+from agent.places import open_place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ async def _mount(request: vm_guest_pb2.Mount9PRequest, *, has_vsock: bool) -> No
 
 
 def _mount_connection(descriptor: int, path: str) -> None:
-    with open_target(path, create=True) as target:
+    with open_place(path, create=True) as target:
         try:
             syscalls.mount("9p", target.path, "9p", _FLAGS, _OPTIONS.format(descriptor))
         except OSError:

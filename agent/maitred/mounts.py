@@ -11,7 +11,7 @@ import stat
 from agent import syscalls
 from agent.maitred import block_device
 from agent.maitred.errors import Failed
-from agent.maitred.mount_target import open_target
+from agent.places import open_place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ async def _make_filesystem(request: vm_guest_pb2.MountRequest) -> None:
 
 def _mount(request: vm_guest_pb2.MountRequest) -> None:
     is_file = bool(request.mountflags & syscalls.MS_BIND) and _is_file(request.source)
-    with open_target(
+    with open_place(
         request.target,
         create=request.create_target,
         mode=request.permissions or 0o755,

@@ -11,7 +11,7 @@ import struct
 from agent import mount_table, syscalls
 from agent.maitred import block_device, storage_balloon
 from agent.maitred.errors import CallError
-from agent.maitred.mount_target import open_target
+from agent.places import open_place
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ async def _prepare(device: str) -> None:
 
 def _mount(device: str, target: str) -> bool:
     try:
-        with open_target(target, create=True) as place:
+        with open_place(target, create=True) as place:
             try:
                 syscalls.mount(device, place.path, _FSTYPE, 0, _OPTIONS)
             except OSError as error:

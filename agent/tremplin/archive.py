@@ -15,6 +15,7 @@ import tarfile
 import zlib
 
 from agent.tremplin.operation import OperationError
+from agent.tremplin.paths import open_file
 
 HEAD_BYTES = 512 * 1024
 """How much of a file architecture() wants to see, in which every index has room."""
@@ -33,7 +34,7 @@ _CONFIG = "config:"
 
 def read_architecture(path: str) -> str:
     """The architecture of the container in a file. Raises OSError; OperationError."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return architecture(file.read(HEAD_BYTES))
 
 
@@ -94,17 +95,19 @@ def _unpacked(head: bytes) -> bytes:
     return head
 
 
-def unpacked_size(path: str) -> int:
-    """How much an exported file holds, in bytes, as far as that can be seen from outside.
+def sizes(path: str) -> tuple[int, int]:
+    """The bytes of an exported file, and of what it holds as far as can be seen from outside.
+
+    Raises OSError.
 
     Source: RFC 1952: a gzip file ends with its unpacked size modulo 2^32.
     """
-    size = os.stat(path).st_size
-    with open(path, "rb") as file:
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
         if file.read(2) != b"\x1f\x8b" or size < 18:
-            return size
+            return size, size
         file.seek(-4, os.SEEK_END)
         length = int.from_bytes(file.read(4), "little")
     while length < size:
         length += 1 << 32
-    return length
+    return size, length

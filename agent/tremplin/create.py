@@ -19,6 +19,7 @@ from agent.tremplin.image_source import FromFiles, FromServer, certificate, imag
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.names import IN_PROGRESS, is_in_progress
 from agent.tremplin.operation import Operation, OperationError, OperationTimedOutError, Outcome
+from agent.tremplin.paths import open_file
 from agent.tremplin.remove import remove_container, token_device
 
 TYPE_CHECKING = False
@@ -329,7 +330,7 @@ class Create(Operation):
 def _post_image(session: Session, source: FromFiles) -> dict[str, Any]:
     from requests_toolbelt import MultipartEncoder
 
-    with open(source.metadata_path, "rb") as metadata, open(source.rootfs_path, "rb") as rootfs:
+    with open_file(source.metadata_path) as metadata, open_file(source.rootfs_path) as rootfs:
         body = MultipartEncoder(
             {
                 "metadata": ("metadata", metadata, "application/octet-stream"),
@@ -351,7 +352,7 @@ def _fingerprint(source: FromFiles) -> str:
     # LXD's fingerprint of an image in two parts: of the metadata followed by the root filesystem.
     digest = hashlib.sha256()
     for path in (source.metadata_path, source.rootfs_path):
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             while chunk := file.read(1024 * 1024):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import os
 import threading
 
 from agent.pb import tremplin_pb2 as pb
+from agent.places import open_place
 from agent.tremplin.lxd_client import LxdNotFoundError
 from agent.tremplin.operation import Operation, OperationError, Outcome
 from agent.tremplin.paths import path_problem
@@ -40,9 +41,8 @@ class Export(Operation):
         self._total = 0
         self._stop = threading.Event()
 
-    @property
-    def _partial(self) -> str:
-        return f"{self.request.export_path}.partial"
+        self._directory, self._name = os.path.split(request.export_path)
+        self._partial = f"{self._name}.partial"
 
     async def work(self) -> None:
         """See Operation."""
@@ -89,29 +89,41 @@ class Export(Operation):
         answer = self.session.lxd.call("get", path, is_api=False, stream=True)
         with contextlib.closing(answer):
             self._total = int(answer.headers.get("Content-Length", 0))
-            directory = os.path.dirname(self.request.export_path)
-            found = os.statvfs(directory)
-            free = found.f_bavail * found.f_frsize
-            if free < self._total + _ROOM:
-                raise OperationError(
-                    f"it takes {self._total} bytes, and {directory} has {free} free"
-                )
-            with open(self._partial, "wb") as file:
-                for chunk in answer.iter_content(_CHUNK):
-                    if self._stop.is_set():
-                        return
-                    file.write(chunk)
-                    self._written += len(chunk)
-                file.flush()
-                os.fsync(file.fileno())
+            with open_place(self._directory) as place:
+                self._write_in(place.descriptor, answer)
+
+    def _write_in(self, directory: int, answer: Any) -> None:
+        # directory: a descriptor of it; others may write there, too, and make links.
+        found = os.statvfs(directory)
+        free = found.f_bavail * found.f_frsize
+        if free < self._total + _ROOM:
+            raise OperationError(
+                f"it takes {self._total} bytes, and {self._directory} has {free} free"
+            )
+        self._unlink(directory)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        partial = os.open(self._partial, flags, 0o644, dir_fd=directory)
+        with open(partial, "wb") as file:
+            for chunk in answer.iter_content(_CHUNK):
+                if self._stop.is_set():
+                    return
+                file.write(chunk)
+                self._written += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
         if self._written != self._total:
             raise OperationError("LXD sent less than it promised")
-        os.replace(self._partial, self.request.export_path)
+        os.replace(self._partial, self._name, src_dir_fd=directory, dst_dir_fd=directory)
+
+    def _unlink(self, directory: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._partial, dir_fd=directory)
 
     async def clean_up(self) -> None:
         """See Operation."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._partial)
+        # Whoever has put the directory out of reach has what is in it.
+        with contextlib.suppress(OSError), open_place(self._directory) as place:
+            self._unlink(place.descriptor)
         await self._remove_backup()
 
     async def _remove_backup(self) -> None:
@@ -153,11 +165,17 @@ def export_problem(path: str) -> str:
     """Why nothing can be exported to path, or ""; blocks."""
     if problem := path_problem("export_path", path):
         return problem
-    if os.path.isdir(path):
-        return f"{path} is a directory"
-    directory = os.path.dirname(path)
-    if not os.path.isdir(directory):
+    directory, name = os.path.split(path)
+    try:
+        with open_place(directory) as place:
+            if not os.path.isdir(place.path):
+                return f"there is no directory {directory}"
+            if not name or os.path.isdir(f"{place.path}/{name}"):
+                return f"{path} is a directory"
+            if not os.access(place.path, os.W_OK):
+                return f"cannot write in {directory}"
+    except FileNotFoundError:
         return f"there is no directory {directory}"
-    if not os.access(directory, os.W_OK):
-        return f"cannot write in {directory}"
+    except OSError as error:
+        return f"cannot write in {directory}: {error.strerror}"
     return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from agent.tremplin.operation import OperationError
-from agent.tremplin.paths import path_problem
+from agent.tremplin.paths import open_file, path_problem
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,10 +66,9 @@ def files_problem(source: FromFiles) -> str:
         if problem := path_problem(field, path):
             return problem
         try:
-            with open(path, "rb"):
-                pass
+            open_file(path).close()
         except OSError as error:
-            return f"cannot read {path}: {error.strerror}"
+            return f"cannot read {path}: {error.strerror or error}"
     return ""
 
 

@@ -16,7 +16,7 @@ from agent.pb import tremplin_pb2 as pb
 from agent.tremplin import archive, markers
 from agent.tremplin.names import IMPORTING, REPLACED
 from agent.tremplin.operation import Operation, OperationError, Outcome
-from agent.tremplin.paths import path_problem
+from agent.tremplin.paths import open_file, path_problem
 from agent.tremplin.remove import remove_container
 
 TYPE_CHECKING = False
@@ -92,7 +92,7 @@ class Import(Operation):
             raise
 
     def _send(self) -> dict[str, Any]:
-        with open(self.request.import_path, "rb") as file:
+        with open_file(self.request.import_path) as file:
             self._total = os.fstat(file.fileno()).st_size
             head = file.read(archive.HEAD_BYTES)
             # Whoever can write to the file may have changed it: what is sent is what counts.
@@ -134,7 +134,7 @@ class Import(Operation):
         found = os.statvfs(self.session.settings.lxd_dir)
         free = found.f_bavail * found.f_frsize
         # LXD writes the file down before it unpacks it.
-        needed = os.stat(path).st_size + archive.unpacked_size(path)
+        needed = sum(archive.sizes(path))
         if needed > free:
             return Wrong(
                 pb.ContainerImportProgress.FAILED_SPACE,

@@ -105,6 +105,40 @@ def test_timezone(hostile: Tremplin) -> None:
     assert hostile.run_in("hostile", "cat", "/etc/timezone").strip() == "Europe/Rome"
 
 
+def test_links_in_a_directory_that_is_shared(hostile: Tremplin) -> None:
+    """With a file of the VM behind them: neither an export nor an import goes there."""
+    machine = hostile.machine
+    machine.run("sh", "-ec", "mkdir -p /run/vm; echo precious >/run/vm/file; chmod 777 /run/shared")
+    shared = "/mnt/chromeos"
+    links = f"cd {shared}; ln -s /run/vm/file out.partial; ln -s /run/vm there; mkfifo fifo"
+    _run(hostile, f"{links}; ln -s /run/vm/file in; mkdir folder; ln -s /run/vm/file folder/x")
+    before = len(hostile.host.reports)
+    hostile.call("ExportContainer", container_name="hostile", export_path="/run/shared/out")
+    hostile.host.wait_for(
+        "UpdateExportStatus",
+        container="hostile",
+        status=pb.ContainerExportProgress.DONE,
+        after=before,
+    )
+    assert machine.run("cat", "/run/vm/file") == "precious\n"
+    answer = hostile.call(
+        "ExportContainer", container_name="hostile", export_path="/run/shared/there/out"
+    )
+    assert answer.status == pb.ExportContainerResponse.FAILED
+    for name, reason in (("in", "link"), ("there/file", "link"), ("fifo", "not a regular file")):
+        path = f"/run/shared/{name}"
+        imported = hostile.call("ImportContainer", container_name="new", import_path=path)
+        assert imported.status == pb.ImportContainerResponse.FAILED
+        assert reason in imported.failure_reason
+        created = hostile.call(
+            "CreateContainer", container_name="new", rootfs_path=path, metadata_path=path
+        )
+        assert created.status == pb.CreateContainerResponse.FAILED
+        assert reason in created.failure_reason
+    assert machine.run("ls", "/run/vm") == "file\n"
+    machine.run("sh", "-c", "rm -r /run/shared/* /run/vm")
+
+
 def test_a_container_that_does_not_answer(hostile: Tremplin) -> None:
     """Others are served while its files are waited for, by however many calls."""
     machine = hostile.machine

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from agent.tremplin.archive import unpacked_size
+from agent.tremplin.archive import sizes
 from agent.tremplin.image_source import image_server
 from agent.tremplin.lxd_setup import mappable_ids
 from agent.tremplin.start import first_error
@@ -72,8 +72,8 @@ def test_unpacked_size(tmp_path: Path, size: int) -> None:
     packed, plain = tmp_path / "packed", tmp_path / "plain"
     packed.write_bytes(gzip.compress(bytes(size)))
     plain.write_bytes(bytes(size))
-    assert unpacked_size(str(plain)) == size
+    assert sizes(str(plain)) == (size, size)
     # It is known modulo 2^32, and no file gets smaller by much: one that is smaller than its pack
     # is taken for one that is 4 GiB larger.
     larger = size < packed.stat().st_size
-    assert unpacked_size(str(packed)) == size + larger * 2**32
+    assert sizes(str(packed)) == (packed.stat().st_size, size + larger * 2**32)

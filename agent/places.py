@@ -1,5 +1,5 @@
-"""Finds the place that a mount shall cover, without being led elsewhere by a symbolic link that a
-container put under a folder it can write to.
+"""Finds the place that a path of the host's names, to mount, read or write there, without being led
+elsewhere by a symbolic link that a container put under a folder it can write to.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _LINKS_MAX = 40  # as in the kernel, path_resolution(7)
 
 
-class MountTarget:
-    """An opened directory or file. Hold it until the mount is made: path names this very object."""
+class Place:
+    """An opened directory or file. Hold it while path is used, which names this very object."""
 
     def __init__(self) -> None:
         self.descriptor = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -33,11 +33,11 @@ class MountTarget:
 
     @property
     def path(self) -> str:
-        """Names it for mount(2), whatever happens to the path it was found at."""
+        """Names it for system calls, whatever happens to the path it was found at."""
         return f"/proc/self/fd/{self.descriptor}"
 
     def remove_what_was_made(self) -> None:
-        """Takes back the directories and the file that open_target() made, those that are empty."""
+        """Takes back the directories and the file that open_place() made, those that are empty."""
         for parent, name, is_file in reversed(self._made):
             try:
                 if is_file:
@@ -95,10 +95,10 @@ class MountTarget:
                 self._step_to(os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
 
 
-def open_target(
+def open_place(
     path: str, *, create: bool = False, mode: int = 0o755, as_file: bool = False
-) -> MountTarget:
-    """Opens the target of a mount.
+) -> Place:
+    """Opens what is at a path.
 
     path: absolute. A symbolic link on the way is followed only when it belongs to root and lies on
     the root filesystem, where no container can write.
@@ -108,7 +108,7 @@ def open_target(
     """
     if not path.startswith("/"):
         raise OSError(errno.EINVAL, "not an absolute path", path)
-    target = MountTarget()
+    target = Place()
     try:
         target._walk(path, create=create, mode=mode, as_file=as_file)
     except BaseException:
