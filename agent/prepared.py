@@ -83,7 +83,7 @@ class Prepared:
             resource.prlimit(self.pid, number, resource.getrlimit(number))
 
     def _send(self, message: object, descriptors: list[int]) -> None:
-        from agent.process_supervisor.lean import dumps
+        from agent.lean_stdlib import dumps
 
         rights = b"".join(fd.to_bytes(_FD_BYTES, sys.byteorder) for fd in descriptors)
         self._socket.sendmsg(
@@ -107,7 +107,7 @@ def wait() -> tuple[list[str], list[int]] | None:
     """For the one that was started: its arguments and sockets when it is told them, its environment
     and stdio being set. None when it is not to be.
     """
-    from agent.process_supervisor.lean import loads
+    from agent.lean_stdlib import loads
 
     told = socket.socket(fileno=_FD)
     try:

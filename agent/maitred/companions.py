@@ -6,14 +6,14 @@ from agent.options import VsockAddress, program
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from agent.maitred.supervisor import Supervisor
+    from agent.maitred.supervisor_connection import SupervisorConnection
     from agent.options import Options
 
 _LOG_FORWARDER_STOP_SECONDS = 5.0
 """It gives its last records 2 s, and in an emulated guest takes over one to end after that."""
 
 
-async def launch(options: Options, supervisor: Supervisor) -> None:
+async def launch(options: Options, supervisor: SupervisorConnection) -> None:
     """Launches those that have an endpoint; does nothing when they run. Raises SupervisorError."""
     client = await supervisor.client()
     words = [word for word in options.words() if word.startswith("maitred.")]

@@ -11,7 +11,7 @@ import grpc.aio
 from agent import grpc_endpoint, logs, standard_services
 from agent.lazy_service import LazyService
 from agent.maitred import startup
-from agent.maitred.supervisor import Supervisor
+from agent.maitred.supervisor_connection import SupervisorConnection
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ async def _serve(options: Options, inherited: Mapping[Address, int]) -> None:
 
     run_dir = options["maitred.run_dir"]
     grpc_endpoint.prepare_run_dir(run_dir)
-    supervisor = Supervisor(run_dir)
+    supervisor = SupervisorConnection(run_dir)
     service = LazyService(_SERVICE, lambda registrar: _load(registrar, options, supervisor))
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((service,))
@@ -72,7 +72,7 @@ async def _serve(options: Options, inherited: Mapping[Address, int]) -> None:
     await supervisor.close()
 
 
-def _load(registrar: Registrar, options: Options, supervisor: Supervisor) -> None:
+def _load(registrar: Registrar, options: Options, supervisor: SupervisorConnection) -> None:
     from agent.maitred.servicer import Maitred
     from agent.pb import vm_guest_pb2_grpc
 
@@ -81,7 +81,7 @@ def _load(registrar: Registrar, options: Options, supervisor: Supervisor) -> Non
 
 
 async def _work_in_background(
-    options: Options, supervisor: Supervisor, service: LazyService
+    options: Options, supervisor: SupervisorConnection, service: LazyService
 ) -> None:
     run_dir = options["maitred.run_dir"]
     async with asyncio.TaskGroup() as group:
@@ -103,7 +103,7 @@ async def _work_in_background(
             group.create_task(_logged(reports, "report crashes"))
 
 
-async def _launch_companions(options: Options, supervisor: Supervisor) -> None:
+async def _launch_companions(options: Options, supervisor: SupervisorConnection) -> None:
     from agent.maitred import companions
 
     await companions.launch(options, supervisor)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from agent.maitred.supervisor import Supervisor
+    from agent.maitred.supervisor_connection import SupervisorConnection
     from agent.process_supervisor.client import Exit
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def check_launch(request: vm_guest_pb2.LaunchProcessRequest) -> None:
 
 
 async def launch(
-    supervisor: Supervisor,
+    supervisor: SupervisorConnection,
     request: vm_guest_pb2.LaunchProcessRequest,
     *,
     name: str = "",

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from agent.maitred.filesystem_size import FilesystemSize
-    from agent.maitred.supervisor import Supervisor
+    from agent.maitred.supervisor_connection import SupervisorConnection
     from agent.maitred.termina import Termina
     from agent.options import Options
 
@@ -75,7 +75,7 @@ def _mapped(
 class Maitred(vm_guest_pb2_grpc.MaitredServicer):
     """Served by grpc.aio; any number of calls at once."""
 
-    def __init__(self, options: Options, supervisor: Supervisor) -> None:
+    def __init__(self, options: Options, supervisor: SupervisorConnection) -> None:
         self._options = options
         self._supervisor = supervisor
         self._network_change = asyncio.Lock()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-    from agent.maitred.supervisor import Supervisor
+    from agent.maitred.supervisor_connection import SupervisorConnection
     from agent.options import Options
     from agent.pb import vm_guest_pb2
 
@@ -81,7 +81,7 @@ def _reason(error: grpc.aio.AioRpcError) -> str:
     return f"{error.code().name} {error.details() or ''}".strip()
 
 
-async def launch_startup_files(directory: str, supervisor: Supervisor) -> None:
+async def launch_startup_files(directory: str, supervisor: SupervisorConnection) -> None:
     """Launches the LaunchProcessRequest of each *.textproto in directory, in the order of names.
 
     FILE.json beside FILE.textproto holds what a request cannot say: the fields of ProcessSpec that

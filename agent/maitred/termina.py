@@ -14,7 +14,7 @@ from agent.process_supervisor.client import SupervisorError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from agent.maitred.supervisor import Supervisor
+    from agent.maitred.supervisor_connection import SupervisorConnection
     from agent.options import Options
 
 _log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ Response = vm_guest_pb2.StartTerminaResponse
 class Termina:
     """Brings up the containers' services; calling it again finds them up."""
 
-    def __init__(self, options: Options, supervisor: Supervisor) -> None:
+    def __init__(self, options: Options, supervisor: SupervisorConnection) -> None:
         self._options = options
         self._supervisor = supervisor
         self._one_at_a_time = asyncio.Lock()

@@ -51,8 +51,8 @@ def main(words: list[str], maitred: Prepared | None = None) -> int:
     if isinstance(options, int):
         return options
     if options["maitred.setup"]:
-        return _run_machine(words, None, maitred)
-    return _run_guest_of_machine(options, None)
+        return _run_with_setup(words, None, maitred)
+    return _run_without_setup(options, None)
 
 
 def _go_on(words: list[str], state: int) -> int:
@@ -63,8 +63,8 @@ def _go_on(words: list[str], state: int) -> int:
     try:
         options = parse(words, ALL, on_error=_say)
         if options["maitred.setup"]:
-            return _run_machine(words, state)
-        return _run_guest_of_machine(options, state)
+            return _run_with_setup(words, state)
+        return _run_without_setup(options, state)
     except Exception as error:  # the program may be mended while we wait
         import time
 
@@ -77,7 +77,7 @@ def _go_on(words: list[str], state: int) -> int:
         raise
 
 
-def _run_machine(words: list[str], state: int | None, maitred: Prepared | None = None) -> int:
+def _run_with_setup(words: list[str], state: int | None, maitred: Prepared | None = None) -> int:
     """As the PID 1 of a VM: sets it up, and powers it off in the end.
 
     state: the memfd of the PID 1 before an upgrade; the machine is set up then.
@@ -160,8 +160,8 @@ def _take_over(
     take_over(supervisor, state, maitred, ports)
 
 
-def _run_guest_of_machine(options: Options, state: int | None) -> int:
-    """Without touching the machine, in a PID namespace or as a subreaper."""
+def _run_without_setup(options: Options, state: int | None) -> int:
+    """In a PID namespace or as a subreaper: the machine is somebody else's."""
     if os.getpid() != 1:
         import prctl
 

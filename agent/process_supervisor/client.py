@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import binascii
 
-from agent.process_supervisor.lean import socket
+from agent.lean_stdlib import socket
 from agent.process_supervisor.protocol import (
     MAX_LINE,
     VERSION,

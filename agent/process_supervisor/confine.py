@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 
-from agent.process_supervisor.lean import signal
+from agent.lean_stdlib import signal
 from agent.process_supervisor.spawn import move_up
 
 TYPE_CHECKING = False

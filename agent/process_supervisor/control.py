@@ -8,7 +8,7 @@ import binascii
 import os
 
 from agent.console import write_line
-from agent.process_supervisor.lean import socket
+from agent.lean_stdlib import socket
 from agent.process_supervisor.loop import BROKEN, READABLE, WRITABLE, read, report
 from agent.process_supervisor.protocol import (
     MAX_LINE,

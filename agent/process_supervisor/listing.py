@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.process_supervisor.lean import dumps
+from agent.lean_stdlib import dumps
 from agent.process_supervisor.table import BACKING_OFF, WINDOW
 
 TYPE_CHECKING = False

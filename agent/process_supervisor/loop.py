@@ -9,7 +9,7 @@ import select
 import time
 
 from agent.console import write_line
-from agent.process_supervisor.lean import heapq, signal
+from agent.lean_stdlib import heapq, signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 
-from agent.process_supervisor.lean import socket
+from agent.lean_stdlib import socket
 from agent.process_supervisor.loop import READABLE, read
 
 TYPE_CHECKING = False

@@ -26,8 +26,8 @@ from __future__ import annotations
 
 import os
 
+from agent.lean_stdlib import dumps, loads, signal_names
 from agent.options import parse_listen_address
-from agent.process_supervisor.lean import dumps, loads, signal_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

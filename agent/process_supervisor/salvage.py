@@ -8,8 +8,8 @@ from __future__ import annotations
 import fcntl
 import os
 
+from agent.lean_stdlib import socket
 from agent.options import UnixAddress, VsockAddress
-from agent.process_supervisor.lean import socket
 from agent.process_supervisor.output import Ring
 from agent.process_supervisor.proc import read_processes
 from agent.process_supervisor.protocol import ProcessSpec

@@ -17,7 +17,7 @@ What comes after the processes are gone (the filesystems, the power) is in power
 from __future__ import annotations
 
 from agent.console import write_line
-from agent.process_supervisor.lean import signal
+from agent.lean_stdlib import signal
 from agent.process_supervisor.proc import ProcessFacts, read_processes, subtree
 from agent.process_supervisor.protocol import SIGNALS
 

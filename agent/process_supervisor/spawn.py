@@ -6,8 +6,8 @@ import errno
 import fcntl
 import os
 
+from agent.lean_stdlib import signal
 from agent.listening import FIRST_FD, VARIABLE
-from agent.process_supervisor.lean import signal
 from agent.process_supervisor.protocol import DEFAULT_PATH
 
 TYPE_CHECKING = False

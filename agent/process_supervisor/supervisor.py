@@ -7,10 +7,10 @@ from __future__ import annotations
 import os
 
 from agent.console import write_line
+from agent.lean_stdlib import signal, socket
 from agent.listening import open_listener
 from agent.options import UnixAddress
 from agent.process_supervisor.control import Control
-from agent.process_supervisor.lean import signal, socket
 from agent.process_supervisor.listeners import Listeners
 from agent.process_supervisor.loop import Loop, report
 from agent.process_supervisor.output import Outputs, Ring, SystemLog

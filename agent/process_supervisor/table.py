@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 
-from agent.process_supervisor.lean import signal
+from agent.lean_stdlib import signal
 from agent.process_supervisor.protocol import SIGNALS, ProcessSpec, ProtocolError
 
 TYPE_CHECKING = False

@@ -10,8 +10,8 @@ import binascii
 import os
 
 from agent.console import write_line
+from agent.lean_stdlib import loads, socket
 from agent.process_supervisor.control import Connection
-from agent.process_supervisor.lean import loads, socket
 from agent.process_supervisor.output import Ring
 from agent.process_supervisor.protocol import ProcessSpec
 from agent.process_supervisor.table import Process

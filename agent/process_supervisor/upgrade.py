@@ -10,8 +10,8 @@ import os
 import sys
 
 from agent.console import write_line
+from agent.lean_stdlib import dumps, signal
 from agent.process_supervisor import STATE_VARIABLE
-from agent.process_supervisor.lean import dumps, signal
 from agent.process_supervisor.output import RING
 from agent.process_supervisor.protocol import ProcessSpec, ProtocolError
 

@@ -32,7 +32,7 @@ def main(words: list[str]) -> int:
     import asyncio
 
     from agent import logs
-    from agent.tremplin.service import serve
+    from agent.tremplin.daemon import serve
 
     logs.set_up("tremplin")
     try:

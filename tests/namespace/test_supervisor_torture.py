@@ -19,9 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from agent.lean_stdlib import dumps, loads
 from agent.pb.vm_guest_pb2 import LaunchProcessRequest
 from agent.process_supervisor.client import Client
-from agent.process_supervisor.lean import dumps, loads
 from agent.process_supervisor.protocol import SIGNALS, STOP_STAGES, ProcessSpec
 from tests.namespace.pid_one import PidOne
 from tests.namespace.vm_in_namespaces import Vm, in_vm

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.process_supervisor.lean import dumps, loads
+from agent.lean_stdlib import dumps, loads
 from agent.process_supervisor.protocol import (
     MAX_LINE,
     SIGNALS,

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from agent.process_supervisor.client import AsyncClient
 
 
-class Supervisor:
+class SupervisorConnection:
     """Hands out the one AsyncClient that all calls share."""
 
     def __init__(self, run_dir: str) -> None:
