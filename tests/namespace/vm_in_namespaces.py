@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -163,7 +164,7 @@ class Vm:
         found = {}
         for pid in Path(f"/proc/{init}/task/{init}/children").read_text().split():
             with contextlib.suppress(OSError):  # it has ended in the meantime
-                found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
+                found[int(pid)] = _command_line(Path(f"/proc/{pid}"))
         return found
 
     def pid_of(self, word: str) -> int:
@@ -231,6 +232,17 @@ def in_vm(
             assert "Traceback" not in console, console
 
     asyncio.run(run())
+
+
+def _command_line(process: Path) -> list[str]:
+    """Of a process, none of one that is dead. It has none either while execve(2) builds its new
+    memory, at the beginning of which vfork(2) already lets its parent go on: that is waited for.
+    """
+    while not (text := (process / "cmdline").read_text()):
+        if (process / "stat").read_text().rpartition(")")[2].split()[0] in {"Z", "X"}:
+            break
+        time.sleep(0.001)
+    return text.split("\0")[:-1]
 
 
 async def refusal(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
