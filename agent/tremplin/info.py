@@ -1,23 +1,38 @@
 """GetContainerInfo: whether a container runs, and at which address.
 
 Hosts ask again and again until the container has its address, while it boots. LXD's own answer
-starts a process in the container's network each time; what /proc says costs nothing.
+starts a process in the container's network each time; the kernel says it at once, and with as much
+effort however many addresses and routes a container has made itself.
 """
 
 from __future__ import annotations
 
-import ipaddress
-import itertools
-import sys
+import array
+import asyncio
+import contextlib
+import fcntl
+import os
+import socket
+import struct
 
 from agent.pb import tremplin_pb2 as pb
+from agent.syscalls import setns
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.tremplin.session import Session
 
-_INTERFACE = "eth0"
+_INTERFACE = b"eth0"
 """The one that LXD gives to containers; their own bridges have addresses too."""
+
+# netdevice(7)
+_SIOCGIFCONF, _SIOCGIFADDR = 0x8912, 0x8915
+_IFREQ = struct.Struct("16s4x4s16x")
+"""struct ifreq: the interface's name and its IPv4 address."""
+_IFCONF = struct.Struct("iP")
+_MOST = 64
+"""Addresses that are looked at when the interface has none."""
+_LOOPBACK = b"\x7f"
 
 
 async def container_info(session: Session, container: str) -> pb.GetContainerInfoResponse:
@@ -30,45 +45,47 @@ async def container_info(session: Session, container: str) -> pb.GetContainerInf
         )
     if instance["status"] == "Stopped":
         return pb.GetContainerInfoResponse(status=pb.GetContainerInfoResponse.STOPPED)
-    found = await session.inits.read(container, "net/fib_trie", "net/route")
+    network = await session.inits.network(container)
+    address = 0
+    if network is not None:
+        with contextlib.suppress(OSError):
+            # Not to be left in the middle: the thread closes it.
+            address = await asyncio.shield(asyncio.to_thread(ipv4_address, network))
     return pb.GetContainerInfoResponse(
-        status=pb.GetContainerInfoResponse.RUNNING,
-        ipv4_address=0 if found is None else ipv4_address(*found),
+        status=pb.GetContainerInfoResponse.RUNNING, ipv4_address=address
     )
 
 
-def ipv4_address(fib_trie: str, route: str) -> int:
-    """A container's own IPv4 address, 0 for none yet, as it goes on the wire.
+def ipv4_address(network: int) -> int:
+    """A container's own IPv4 address, 0 for none yet, as it goes on the wire; blocks.
 
     That is in network byte order: the bytes in the memory of a little-endian machine read a.b.c.d.
 
-    fib_trie, route: those files of /proc/PID/net. Their forms: net/ipv4/fib_trie.c of Linux, in
-    fib_trie_seq_show() and fib_route_seq_show().
+    network: an open file of /proc/PID/ns/net, which is closed. The calling thread visits it, as it
+    may with CAP_SYS_ADMIN. Raises OSError.
     """
-    addresses = [address for address in _local(fib_trie) if not address.is_loopback]
-    networks = _networks(route)
-    for address in addresses:
-        if any(address in network for network in networks):
-            return int.from_bytes(address.packed, "little")
-    return int.from_bytes(addresses[0].packed, "little") if addresses else 0
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, network)
+        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, own)
+        stack.callback(setns, own)
+        setns(network)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as kernel:
+            return int.from_bytes(_address(kernel) or _any_address(kernel), "little")
 
 
-def _local(fib_trie: str) -> list[ipaddress.IPv4Address]:
-    found = []
-    lines = [line.split() for line in fib_trie.splitlines()]
-    for leaf, route in itertools.pairwise(lines):
-        if leaf[:1] == ["|--"] and route == ["/32", "host", "LOCAL"]:
-            found.append(ipaddress.IPv4Address(leaf[1]))
-    return found
+def _address(kernel: socket.socket) -> bytes:
+    request = _IFREQ.pack(_INTERFACE, bytes(4))
+    try:
+        answer = fcntl.ioctl(kernel, _SIOCGIFADDR, request)
+    except OSError:
+        return b""
+    return bytes(_IFREQ.unpack(answer)[1])
 
 
-def _networks(route: str) -> list[ipaddress.IPv4Network]:
-    # The numbers are those of the machine's memory, printed; the default route is no network.
-    found = []
-    for line in route.splitlines()[1:]:
-        fields = line.split()
-        if len(fields) > 7 and fields[0] == _INTERFACE and int(fields[7], 16):
-            network, mask = (int(field, 16).to_bytes(4, sys.byteorder) for field in fields[1:8:6])
-            netmask = ipaddress.IPv4Address(mask)
-            found.append(ipaddress.IPv4Network(f"{ipaddress.IPv4Address(network)}/{netmask}"))
-    return found
+def _any_address(kernel: socket.socket) -> bytes:
+    room = array.array("B", bytes(_MOST * _IFREQ.size))
+    answer = fcntl.ioctl(kernel, _SIOCGIFCONF, _IFCONF.pack(len(room), room.buffer_info()[0]))
+    used = _IFCONF.unpack(answer)[0]
+    found = (bytes(address) for _, address in _IFREQ.iter_unpack(room[:used]))
+    return next((address for address in found if not address.startswith(_LOOPBACK)), b"")

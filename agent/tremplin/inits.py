@@ -1,5 +1,5 @@
 """The init of each running container, in whose directory of /proc the container's own network can
-be read. LXD is asked for it once: its answer starts processes in the container.
+be found. LXD is asked for it once: its answer starts processes in the container.
 """
 
 from __future__ import annotations
@@ -10,12 +10,7 @@ from agent.tremplin.lxd_client import LxdError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import TypeVar
-
     from agent.tremplin.lxd_client import LxdClient
-
-    T = TypeVar("T")
 
 
 class Inits:
@@ -27,23 +22,10 @@ class Inits:
         """By container, of /proc/PID: open, so that no later process of that pid is taken for it.
         """
 
-    async def read(self, container: str, *paths: str) -> list[str] | None:
-        """What files of /proc/PID contain, "" for one that is not there; None when the container
-        does not run, or LXD does not say.
-
-        paths: relative to /proc/PID, see proc(5).
-        """
-        return await self._of(container, lambda init: [_read(init, path) for path in paths])
-
     async def network(self, container: str) -> int | None:
         """The container's network namespace, an open file for the caller to close; None when it
         does not run, or LXD does not say.
         """
-        return await self._of(
-            container, lambda init: os.open("ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=init)
-        )
-
-    async def _of(self, container: str, function: Callable[[int], T]) -> T | None:
         # The init of a container that restarted has another pid.
         for _ in range(2):
             if container not in self._directories:
@@ -61,8 +43,9 @@ class Inits:
                     os.close(directory)
                 else:
                     self._directories[container] = directory
+            init = self._directories[container]
             try:
-                return function(self._directories[container])
+                return os.open("ns/net", os.O_RDONLY | os.O_CLOEXEC, dir_fd=init)
             except OSError:
                 self.forget(container)
         return None
@@ -76,13 +59,3 @@ class Inits:
         directory = self._directories.pop(container, None)
         if directory is not None:
             os.close(directory)
-
-
-def _read(directory: int, path: str) -> str:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-    except FileNotFoundError:
-        os.stat("stat", dir_fd=directory)  # of a process that has ended there is none
-        return ""
-    with open(descriptor, encoding="ascii", errors="replace") as file:
-        return file.read()
