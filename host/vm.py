@@ -124,6 +124,7 @@ class Vm:
     # ---- the host side ------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
+        qemu.find_qemu(self.image)  # who has none is told so before anything is made or started
         async with contextlib.AsyncExitStack() as stack:
             if self._given_run_dir is None:
                 self.run_dir = Path(tempfile.mkdtemp(prefix="termina-"))
