@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from host import disks, paths, registry
 from host.build_files import BUILD_DIR
 from host.errors import HostError, VmDiedError
+from host.words import shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -235,7 +236,7 @@ def _status(options: argparse.Namespace) -> int:
             f"pid {state['pid']}",
         ]
         facts += [f"{key} {state[key]}" for key in ("container", "user", "ipv4") if key in state]
-        print(f"{each.name}: {', '.join(facts)}")
+        print(shown(f"{each.name}: {', '.join(facts)}"))
         print(f"    data {state.get('data')}, log {each.directory / 'console.log'}")
     return 0 if found else EXIT_FAILED
 
@@ -316,12 +317,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = options.function(options)
     except VmDiedError as error:
-        print(f"termina: {error}; its last lines:", file=sys.stderr)
+        print(shown(f"termina: {error}; its last lines:"), file=sys.stderr)
         for line in error.console_lines:
-            print(f"  | {line}", file=sys.stderr)
+            print(shown(f"  | {line}"), file=sys.stderr)
         return EXIT_FAILED
     except HostError as error:
-        print(f"termina: {error}", file=sys.stderr)
+        print(shown(f"termina: {error}"), file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED

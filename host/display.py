@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from host.commands import is_transfer
 from host.status import ContainerStatus, GuestInfo, Status
+from host.words import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +49,7 @@ class _Plain:
         status.observe(self._show)
 
     def line(self, text: str) -> None:
-        print(text, flush=True)
+        print(shown(text), flush=True)
 
     def _show(self, info: GuestInfo) -> None:
         stage = info.container_status
@@ -90,7 +91,7 @@ class _Rich:
         status.observe(self._show)
 
     def line(self, text: str) -> None:
-        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, info: GuestInfo) -> None:
         stage = info.container_status

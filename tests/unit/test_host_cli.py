@@ -127,6 +127,31 @@ def test_runtime_directory_of_somebody_else(home: Path) -> None:
         registry.Claim("x")
 
 
+def test_runtime_directory_in_one_of_somebody_else(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who owns the directory above could put another in its place at any time."""
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    monkeypatch.setattr("tempfile.tempdir", str(home))
+    registry.running()
+    above = home / f"termina-{os.getuid()}"
+    assert [path.name for path in above.iterdir()] == ["termina-agent"]
+    above.chmod(0o777)
+    with pytest.raises(HostError, match="others may write or read there"):
+        registry.running()
+
+
+def test_a_terminal_obeys_nobody_in_the_vm(home: Path) -> None:
+    """Not the name of a container's user, nor the reason of a failure."""
+    with registry.Claim("mine") as claim:
+        claim.tell(status="FAILED", user="x\x1b]52;c;eA==\x07y", container="penguin\x9b2J")
+        code, output = _termina("status")
+    assert code == 0
+    assert "user x\\x1b]52;c;eA==\\x07y" in output
+    assert "\x1b" not in output
+    assert "\x9b" not in output
+
+
 def test_guest_image_names_the_missing_part(tmp_path: Path) -> None:
     """Each part of the image is asked for."""
     _fake_build(tmp_path)
