@@ -13,6 +13,7 @@ import sys
 from agent.console import write_line
 from agent.option_table import ALL
 from agent.options import from_arguments
+from agent.out_of_memory import spare_us
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def main(words: Sequence[str]) -> int:
     except OSError as error:
         write_line("logs", f"cannot start: {error}")
         return 1
+    if options["maitred.setup"]:
+        spare_us()
     # Logs can wait, the start of the VM cannot.
     os.nice(_NICE)
     from agent.log_forwarder.daemon import run

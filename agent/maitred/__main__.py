@@ -14,6 +14,7 @@ from agent import prepared
 from agent.listening import by_address, inherited
 from agent.option_table import ALL
 from agent.options import from_arguments
+from agent.out_of_memory import spare_us
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def main(words: Sequence[str]) -> int:
     _import_the_rest()
     from agent.maitred.daemon import run
 
+    if options["maitred.setup"]:
+        spare_us()
     return run(options, sockets)
 
 

@@ -10,6 +10,7 @@ from agent.console import write_line
 from agent.listening import inherited
 from agent.option_table import TREMPLIN
 from agent.options import from_arguments
+from agent.out_of_memory import spare_us
 from agent.tremplin.lxd_process import SupervisorError, launch
 
 _SUMMARY = "Serves vm_tools.tremplin.Tremplin: creates, starts and sets up containers in LXD."
@@ -29,6 +30,7 @@ def main(words: list[str]) -> int:
         write_line("tremplin", f"cannot start LXD: {error}")
         return 1
 
+    spare_us()
     import asyncio
 
     from agent import logs
