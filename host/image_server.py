@@ -18,11 +18,16 @@ GUEST_VIEW_OF_HOST = "10.0.2.2"
 """The address under which QEMU's user network shows the host's loopback (QEMU, -netdev user)."""
 
 _CHUNK = 1 << 16
+_CONNECTIONS = 64
+"""At once. Any container can make them, and each costs the program that keeps the VM a thread and a
+descriptor."""
+_IDLE_SECONDS = 60.0
 
 
 class _Handler(SimpleHTTPRequestHandler):
     server: _Server
     protocol_version = "HTTP/1.1"
+    timeout = _IDLE_SECONDS
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Requests are not logged."""
@@ -34,7 +39,9 @@ class _Handler(SimpleHTTPRequestHandler):
     def copyfile(self, source: Any, outputfile: Any) -> None:
         """Sends a file, no faster than the server's rate."""
         try:
+            self.connection.settimeout(None)  # a guest may stand still in a download
             self.server.send(source, outputfile)
+            self.connection.settimeout(_IDLE_SECONDS)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
@@ -43,6 +50,24 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     rate: float | None = None
     stopped: threading.Event
+
+    def __init__(self, *args: Any) -> None:
+        self._room = threading.Semaphore(_CONNECTIONS)
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serves a connection, or closes it when there are too many."""
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serves a connection to its end."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
 
     def send(self, source: BinaryIO, target: BinaryIO) -> None:
         began, sent = time.monotonic(), 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -58,3 +61,22 @@ def test_rate_is_kept_and_a_slow_transfer_does_not_hold_up_the_end(tmp_path: Pat
     assert time.monotonic() - began < 5
     answer.close()
     connection.close()
+
+
+def test_many_connections(tmp_path: Path) -> None:
+    """They do not use up the program's threads and descriptors; when they are gone it serves."""
+    (tmp_path / "file").write_bytes(b"content")
+    with ImageServer(tmp_path) as server, contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", server.port)
+        many = [stack.enter_context(socket.create_connection(address, 10)) for _ in range(80)]
+        for connection in many[64:]:
+            assert connection.recv(1) == b""
+        assert threading.active_count() < 75
+        for connection in many:
+            connection.close()
+        deadline = time.monotonic() + 30
+        while True:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                assert _get(server.port, "/file") == (200, b"content")
+                return
+            assert time.monotonic() < deadline
