@@ -48,6 +48,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = _CONNECTIONS
     rate: float | None = None
     stopped: threading.Event
 
