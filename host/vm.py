@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import re
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -56,6 +57,10 @@ _PANIC_SECONDS = 2.0  # panic=-1 ends QEMU by itself, unless it hangs in the pan
 _PANIC_LOOKS = 2
 _POWERED_OFF = "it powered off"
 _LAST_LINE = re.compile(r"maitred: power off: .*")
+
+_CRASHES = {-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
+"""How a QEMU ends that has failed itself: an assertion of its emulation does on a loaded machine,
+`iotlb_to_section: Assertion ... failed`, seen once with QEMU 10.0."""
 
 VsockChoice = Literal["auto", "kernel", "user"]
 Accelerator = Literal["auto", "kvm", "tcg"]
@@ -120,6 +125,8 @@ class Vm:
         self._ended = asyncio.Event()
         self._ended.set()
         self._why_ended = "it was not started"
+        self._crash = ""
+        """The last words of a QEMU that failed itself."""
 
     # ---- the host side ------------------------------------------------------------------------
 
@@ -184,6 +191,7 @@ class Vm:
         self._boot_starts_at = self.console.position
         self._events_start_at = len(self.recorder.events)
         self.console.panicked.clear()
+        self._crash = ""
         self.kept_output.clear()
         try:
             vhost_user = await self._start_daemon() if isinstance(self.vsock, UserVsock) else None
@@ -254,6 +262,7 @@ class Vm:
                 self._why_ended = _POWERED_OFF
             else:
                 self._why_ended = f"QEMU ended: {child.last_words()}"
+                self._crash = child.last_words() if ended.result() in _CRASHES else ""
         finally:
             ended.cancel()
             self._ended.set()
@@ -362,14 +371,16 @@ class Vm:
         return time.monotonic() - self.booted_at
 
     async def boot_after_fault(self) -> bool:
-        """Boots again if the VM ended because its emulated kernel failed; whether that was so.
+        """Boots again if the VM ended because its emulated kernel failed, or the emulation did;
+        whether that was so.
 
         Raises HostError.
         """
-        fault = boot_hang.fault(self.boot_text)
+        fault = self._crash or boot_hang.fault(self.boot_text)
         if self.running or self.accelerator != "tcg" or not fault:
             return False
-        self.tell(f"the emulated kernel failed: {fault!r}; booting again")
+        who = "QEMU" if self._crash else "the emulated kernel"
+        self.tell(f"{who} failed: {fault!r}; booting again")
         await self.boot()
         return True
 

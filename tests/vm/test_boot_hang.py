@@ -1,14 +1,18 @@
-"""A VM whose emulated kernel hangs while it boots, or fails, is booted again by the launcher."""
+"""A VM whose emulated kernel hangs while it boots, or fails, or whose QEMU fails, is booted again
+by the launcher.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import re
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import grpc.aio
+import psutil
 import pytest
 
 from agent.pb import vm_guest_pb2
@@ -49,6 +53,30 @@ def test_a_hung_boot_is_repeated(
             assert "the console was silent for 10 s; last: " in told[0]
             assert "initrd: /dev/vda mounted" in told[0]
             assert vm.boot_text.count("initrd: /dev/vda mounted") == 1
+            assert await vm.shut_down(), vm.console.last_lines(20)
+
+    runner.run(scene())
+
+
+def test_after_a_qemu_that_failed_comes_another(
+    runner: asyncio.Runner, image: GuestImage, image_server: ImageServer, tmp_path: Path
+) -> None:
+    """The signal is that of an assertion that failed."""
+    told: list[str] = []
+
+    async def scene() -> None:
+        async with _booting(image, tmp_path, image_server, told) as test_vm:
+            vm = test_vm.vm
+            await vm.console.wait_for("initrd")
+            (qemu,) = (
+                process
+                for process in psutil.Process().children()
+                if process.name().startswith("qemu-system")
+            )
+            qemu.send_signal(signal.SIGABRT)
+            await vm.ready()
+            (line,) = told
+            assert re.fullmatch(r"QEMU failed: '.+'; booting again", line)
             assert await vm.shut_down(), vm.console.last_lines(20)
 
     runner.run(scene())
