@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,11 +49,15 @@ class _Scene:
         self.images = images
 
     async def start(self, device: str) -> vm_guest_pb2.StartTerminaResponse:
-        """StartTermina."""
+        """StartTermina; a refusal has come to the console, too, when it returns."""
+        since = self.vm.console.position
         request = vm_guest_pb2.StartTerminaRequest(
             lxd_ipv4_subnet="100.115.92.1/24", stateful_device=device
         )
-        return await self.vm.maitred.StartTermina(request, timeout=150, wait_for_ready=True)
+        response = await self.vm.maitred.StartTermina(request, timeout=150, wait_for_ready=True)
+        if response.failure_reason:
+            await self.vm.console.wait_for(re.escape(response.failure_reason), start=since)
+        return response
 
     async def start_well(self, device: str) -> vm_guest_pb2.StartTerminaResponse:
         """StartTermina, without a word of warning."""
