@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a shell in the container, or in the VM, of a running VM",
         description="Opens a shell, or runs a command, and ends with its exit code. Works in a "
         "terminal and in a pipe.",
-        epilog="example: termina shell -- tar -C /etc -c . >etc.tar",
+        epilog="example: termina shell tar -C /etc -c . >etc.tar",
     )
     shell.set_defaults(function=_shell)
     _add_vm(shell)
@@ -180,7 +180,9 @@ def _parser() -> argparse.ArgumentParser:
         "--env", action="append", default=[], metavar="KEY=VALUE", help="may be given several times"
     )
     shell.add_argument("--no-pty", action="store_true", help="no terminal, even where there is one")
-    shell.add_argument("argv", nargs="*", metavar="COMMAND", help="instead of a login shell")
+    shell.add_argument(
+        "argv", nargs=argparse.REMAINDER, metavar="COMMAND ...", help="instead of a login shell"
+    )
 
     wipe = commands.add_parser(
         "wipe",
@@ -279,7 +281,7 @@ def _shell(options: argparse.Namespace) -> int:
             raise HostError(f"cannot use --env {pair}: not KEY=VALUE")
         env[key] = value
     request = shell.request_for(
-        options.argv,
+        options.argv[1:] if options.argv[:1] == ["--"] else options.argv,
         container=container,
         user=options.user or ("root" if options.guest else vm.state.get("user", "root")),
         cwd=options.cwd,

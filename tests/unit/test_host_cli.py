@@ -43,6 +43,7 @@ def _termina(*arguments: str) -> tuple[int, str]:
         (["run", "--timeout", "-1"], "not a number of seconds"),
         ([], "the following arguments are required: COMMAND"),
         (["fly"], "invalid choice: 'fly'"),
+        (["shell", "--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
 )
 def test_bad_usage(home: Path, arguments: list[str], message: str) -> None:
@@ -61,6 +62,11 @@ def test_nothing_runs(home: Path) -> None:
         1,
         "termina: cannot find VM x: it is not running\n",
     )
+    for command in (["sh", "-c", "exit"], ["--", "sh", "-c", "exit"]):
+        assert _termina("shell", "--vm", "x", *command) == (
+            1,
+            "termina: cannot find VM x: it is not running\n",
+        )
     assert "nothing to wipe" in _termina("wipe")[1]
 
 
