@@ -11,12 +11,12 @@ import array
 import asyncio
 import contextlib
 import fcntl
-import os
 import socket
 import struct
 
 from agent.pb import tremplin_pb2 as pb
 from agent.syscalls import setns
+from agent.tremplin.network_namespace import visits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,14 +61,9 @@ def ipv4_address(network: int) -> int:
 
     That is in network byte order: the bytes in the memory of a little-endian machine read a.b.c.d.
 
-    network: an open file of /proc/PID/ns/net, which is closed. The calling thread visits it, as it
-    may with CAP_SYS_ADMIN. Raises OSError.
+    network: an open file of /proc/PID/ns/net, which is closed; see visits(). Raises OSError.
     """
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, network)
-        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, own)
-        stack.callback(setns, own)
+    with visits([network]):
         setns(network)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as kernel:
             return int.from_bytes(_address(kernel) or _any_address(kernel), "little")

@@ -8,12 +8,12 @@ Sources: sock_diag(7); inet_diag_sk_diag_fill() in net/ipv4/inet_diag.c of Linux
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct
 
 from agent.syscalls import setns
+from agent.tremplin.network_namespace import visits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,16 +41,11 @@ _LARGEST = 64 * 1024
 def listening_ports(networks: Mapping[str, int]) -> dict[str, list[int]]:
     """The TCP ports that IPv4 clients can connect to, in order, by the names given; blocks.
 
-    networks: open files of /proc/PID/ns/net. They are closed. A name without a port is left out.
-    The calling thread visits them, as it may with CAP_SYS_ADMIN. Raises OSError.
+    networks: open files of /proc/PID/ns/net. They are closed; see visits(). A name without a
+    port is left out. Raises OSError.
     """
     found = {}
-    with contextlib.ExitStack() as stack:
-        for network in networks.values():
-            stack.callback(os.close, network)
-        own = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-        stack.callback(os.close, own)
-        stack.callback(setns, own)
+    with visits(networks.values()):
         for name, network in networks.items():
             setns(network)
             if ports := _ports():
