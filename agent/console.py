@@ -14,14 +14,16 @@ _LONGEST = 2000
 """Characters of a line; what is longer was written by somebody who is not to fill a log."""
 
 
-def printable(text: str) -> str:
+def printable(text: str, longest: int) -> str:
     r"""Text on one line: any blanks in it become one space, other control characters \xNN and what
     is no character \udNNN. Somebody else's words may be in it, and go to terminals and to hosts.
+
+    longest: characters after which it is cut off, with an ellipsis.
     """
     line = " ".join(text.split())
     if not line.isprintable():
         line = line.translate(CONTROLS).encode(errors="backslashreplace").decode()
-    return line
+    return line if len(line) <= longest else f"{line[:longest]}…"
 
 
 def format_line(program: str, text: str) -> str:
@@ -30,10 +32,7 @@ def format_line(program: str, text: str) -> str:
     program: who says it; text: what, as printable() makes it.
     """
     seconds = time.clock_gettime(time.CLOCK_BOOTTIME)
-    line = printable(text)
-    if len(line) > _LONGEST:
-        line = f"{line[:_LONGEST]}…"
-    return f"[{seconds:9.3f}] {program}: {line}"
+    return f"[{seconds:9.3f}] {program}: {printable(text, _LONGEST)}"
 
 
 def write_line(program: str, text: str) -> None:

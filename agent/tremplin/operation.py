@@ -201,8 +201,7 @@ def shown(text: str) -> str:
     """Text for the host, on one line: what a container, an image or a file to import has brought in
     is neither endless nor for a terminal to obey, and can be sent.
     """
-    line = printable(text)
-    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}…"
+    return printable(text, _LONGEST_REASON)
 
 
 def cannot(verb: str, container: str, why: str | BaseException) -> str:
