@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+import functools
 import json
 import signal
 import statistics
@@ -141,14 +141,13 @@ def _downloads(machine: Machine, tremplin: Tremplin) -> Iterator[Figure]:
     debian = BUILD_DIR / "container-image"
     check_container_images(debian)
     (rootfs,) = debian.rglob("debian/**/rootfs.squashfs")
-    url, numbers = machine.serve_tree(debian), itertools.count()
     size = rootfs.stat().st_size
     yield _download(
         tremplin,
         f"Debian, {size // 1_000_000} MB",
         size,
         "debian/bookworm",
-        lambda: f"{url}/{next(numbers)}",
+        functools.partial(machine.new_server, machine.serve_tree(debian)),
     )
 
 
@@ -205,8 +204,9 @@ def _event_delay(machine: Machine, tremplin: Tremplin) -> Iterator[Figure]:
         ready.set()
 
     async def listen() -> None:
-        path = f"/proc/{machine.init_pid}/root{machine.lxd_dir}/unix.socket"
-        stream = EventStream(path, on_event=on_event, on_connected=connected, on_lost=lambda: None)
+        stream = EventStream(
+            machine.lxd_socket, on_event=on_event, on_connected=connected, on_lost=lambda: None
+        )
         running = asyncio.create_task(stream.run())
         while not stop.is_set():
             await asyncio.sleep(0.01)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent import futures
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
@@ -21,7 +23,6 @@ from agent.pb.tremplin_pb2_grpc import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from tests.lxd.machine import Machine
 
@@ -220,6 +221,19 @@ class Tremplin:
             not_status=pb.ContainerCreationProgress.DOWNLOADING,
             after=after,
         )
+
+    def start_container(self, name: str) -> None:
+        """Has a container started, and returns when the host has heard that it was."""
+        before = len(self.host.reports)
+        self.call("StartContainer", container_name=name)
+        end = self.host.wait_for("UpdateStartStatus", container=name, after=before)
+        assert end.message.status == pb.ContainerStartProgress.STARTED, end
+
+    def peak_memory(self) -> int:
+        """The most that it ever had resident, KiB."""
+        status = Path(f"/proc/{self.machine.inner_pid(self.process)}/status").read_text()
+        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
+        return int(peak)
 
     def run_in(self, container: str, *command: str) -> str:
         """What a command prints that is run in a running container."""

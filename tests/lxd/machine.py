@@ -231,10 +231,14 @@ class Machine:
             self.run("rm", "-f", ballast, f"{ballast}.more")
 
     @property
+    def lxd_socket(self) -> str:
+        """LXD's socket, from outside."""
+        return f"/proc/{self.init_pid}/root{self.lxd_dir}/unix.socket"
+
+    @property
     def api(self) -> Any:
         """Pylxd's view of LXD's /1.0, from outside."""
-        socket = f"/proc/{self.init_pid}/root{self.lxd_dir}/unix.socket"
-        return pylxd.Client(endpoint=socket).api
+        return pylxd.Client(endpoint=self.lxd_socket).api
 
     def containers(self) -> dict[str, str]:
         """Name and status of every container."""
@@ -290,10 +294,10 @@ class Machine:
         self._start_server(self.directory / "images", _TLS_PORT, certificate, key)
         return f"https://127.0.0.1:{_TLS_PORT}/{next(self._servers)}"
 
-    def serve_tree(self, tree: Path) -> str:
-        """The URL of one more server, of somebody else's images; /N is to follow."""
+    def serve_tree(self, tree: Path) -> int:
+        """The port of one more server, of somebody else's images."""
         self._start_server(tree, _OTHER_PORT)
-        return f"http://127.0.0.1:{_OTHER_PORT}"
+        return _OTHER_PORT
 
     def _start_server(self, tree: Path, port: int, *tls: Path) -> None:
         server = self.spawn(
@@ -315,9 +319,9 @@ class Machine:
         temporary.write_text(json.dumps(behaviour))
         temporary.replace(self.behaviour_file)
 
-    def new_server(self) -> str:
-        """A URL of the image server that LXD has not seen yet."""
-        return f"http://127.0.0.1:{_PORT}/{next(self._servers)}"
+    def new_server(self, port: int = _PORT) -> str:
+        """A URL of the image server, or of that at another port, that LXD has not seen yet."""
+        return f"http://127.0.0.1:{port}/{next(self._servers)}"
 
     def image_files(self, name: str) -> tuple[str, str]:
         """The paths of an image's root filesystem and metadata."""

@@ -30,8 +30,7 @@ def directory(tremplin: Tremplin) -> Iterator[Path]:
     path.mkdir()
     tremplin.create("box")
     before = len(tremplin.host.reports)
-    tremplin.call("StartContainer", container_name="box")
-    tremplin.host.wait_for("UpdateStartStatus", container="box", after=before)
+    tremplin.start_container("box")
     tremplin.machine.run("lxc", "stop", "--force", "box")
     tremplin.call("ExportContainer", container_name="box", export_path=str(path / "box.tar.gz"))
     tremplin.host.wait_for(
@@ -77,13 +76,6 @@ def _import(tremplin: Tremplin, path: Path, name: str = "forged") -> Any:
     ).message
 
 
-def _start(tremplin: Tremplin, name: str) -> None:
-    before = len(tremplin.host.reports)
-    tremplin.call("StartContainer", container_name=name)
-    end = tremplin.host.wait_for("UpdateStartStatus", container=name, after=before)
-    assert end.message.status == pb.ContainerStartProgress.STARTED, end
-
-
 def _with_settings(*settings: str) -> Callable[[str, str], str]:
     def change(_name: str, text: str) -> str:
         return re.sub(
@@ -119,7 +111,7 @@ def test_an_archive_gives_no_rights(tremplin: Tremplin, directory: Path) -> None
 
     imported = _import(tremplin, _forge(directory, change))
     assert imported.status == IMPORT.DONE, imported
-    _start(tremplin, "forged")
+    tremplin.start_container("forged")
     assert machine.run("sh", "-c", "ls /run | grep hooked || true") == ""
     assert tremplin.run_in("forged", "ls", "/").split().count("vm") == 0
     assert tremplin.run_in("forged", "cat", "/proc/self/uid_map").split()[:2] == ["0", "1000000"]
@@ -137,7 +129,7 @@ def test_an_archive_gives_no_ids(tremplin: Tremplin, directory: Path) -> None:
         return text.replace('"Hostid":1000000,', '"Hostid":0,')
 
     assert _import(tremplin, _forge(directory, change)).status == IMPORT.DONE
-    _start(tremplin, "forged")
+    tremplin.start_container("forged")
     assert tremplin.run_in("forged", "cat", "/proc/self/uid_map").split()[:2] == ["0", "1000000"]
 
 
@@ -171,6 +163,4 @@ def test_a_file_that_would_fill_the_memory(tremplin: Tremplin) -> None:
     path.unlink()
     assert answer.status == pb.ImportContainerResponse.FAILED
     assert "does not hold an exported container" in answer.failure_reason
-    status = Path(f"/proc/{tremplin.machine.inner_pid(tremplin.process)}/status").read_text()
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
-    assert int(peak) < 200 * 1024
+    assert tremplin.peak_memory() < 200 * 1024

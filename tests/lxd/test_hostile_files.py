@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
@@ -22,17 +20,11 @@ if TYPE_CHECKING:
 _USER = pb.GetContainerUsernameResponse
 
 
-def _start(tremplin: Tremplin, name: str) -> None:
-    tremplin.create(name)
-    before = len(tremplin.host.reports)
-    tremplin.call("StartContainer", container_name=name)
-    tremplin.host.wait_for("UpdateStartStatus", container=name, after=before)
-
-
 @pytest.fixture
 def hostile(tremplin: Tremplin) -> Tremplin:
     """Tremplin with a running container of that name."""
-    _start(tremplin, "hostile")
+    tremplin.create("hostile")
+    tremplin.start_container("hostile")
     return tremplin
 
 
@@ -87,9 +79,7 @@ def test_accounts(hostile: Tremplin) -> None:
     lines = hostile.log.read_text().splitlines()
     assert all(line.isprintable() and len(line) < 2100 for line in lines), lines
     assert not [line for line in lines if "Unexpected" in line]
-    status = Path(f"/proc/{hostile.machine.inner_pid(hostile.process)}/status").read_text()
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status)
-    assert int(peak) < 200 * 1024
+    assert hostile.peak_memory() < 200 * 1024
     assert hostile.run_in("hostile", "stat", "-c", "%a", "/etc/shadow").strip() == "640"
 
 
@@ -142,8 +132,8 @@ def test_links_in_a_directory_that_is_shared(hostile: Tremplin) -> None:
 def test_a_container_that_does_not_answer(hostile: Tremplin) -> None:
     """Others are served while its files are waited for, by however many calls."""
     machine = hostile.machine
-    _start(hostile, "other")
-    socket = f"/proc/{machine.init_pid}/root{machine.lxd_dir}/unix.socket"
+    hostile.create("other")
+    hostile.start_container("other")
 
     def hang() -> object:
         request = pb.GetContainerUsernameRequest(container_name="hostile")
@@ -151,7 +141,7 @@ def test_a_container_that_does_not_answer(hostile: Tremplin) -> None:
             return hostile.stub.GetContainerUsername(request, timeout=2)
         return None
 
-    with ContainerFiles(socket, "hostile") as files, ThreadPoolExecutor(40) as threads:
+    with ContainerFiles(machine.lxd_socket, "hostile") as files, ThreadPoolExecutor(40) as threads:
         files.lstat("/")
         # What serves the files of a container, as a filesystem of the container's could hold it up.
         (server,) = machine.run("pgrep", "-f", "forkfile").split()

@@ -41,15 +41,9 @@ def test_device_nodes(tremplin: Tremplin, with_nodes: Path) -> None:
         rootfs_path=str(with_nodes),
         metadata_path=metadata,
     )
-    created = tremplin.host.wait_for(
-        "UpdateCreateStatus",
-        container="nodes",
-        not_status=pb.ContainerCreationProgress.DOWNLOADING,
-        after=before,
-    )
+    created = tremplin.end_of_create("nodes", before)
     assert created.message.status == pb.ContainerCreationProgress.CREATED, created
-    tremplin.call("StartContainer", container_name="nodes")
-    tremplin.host.wait_for("UpdateStartStatus", container="nodes", after=before)
+    tremplin.start_container("nodes")
     opened = "for each in /zero /dev/zero /dev/net/tun; do (: <$each) 2>&1 && echo opened; done"
     lines = tremplin.run_in("nodes", "sh", "-c", opened).splitlines()
     assert [line.rpartition(": ")[2] for line in lines] == ["Permission denied", "opened", "opened"]

@@ -92,13 +92,6 @@ def test_lxd_dies(supervised: _SupervisedTremplin) -> None:
     assert machine.containers() == {"kept": "Stopped"}
 
 
-def _start(supervised: _SupervisedTremplin, name: str) -> None:
-    before = len(supervised.host.reports)
-    supervised.call("StartContainer", container_name=name)
-    started = supervised.host.wait_for("UpdateStartStatus", container=name, after=before)
-    assert started.message.status == pb.ContainerStartProgress.STARTED, started
-
-
 def _has_address(supervised: _SupervisedTremplin, name: str) -> bool:
     answer = supervised.call("GetContainerInfo", container_name=name)
     return bool(answer.ipv4_address)
@@ -111,14 +104,14 @@ def test_lxd_dies_and_a_container_meanwhile(supervised: _SupervisedTremplin) -> 
     machine = supervised.machine
     supervised.create("stays")
     for name in ("kept", "stays"):
-        _start(supervised, name)
+        supervised.start_container(name)
     init = machine.api.instances["kept"].state.get().json()["metadata"]["pid"]
     before = len(supervised.host.reports)
     with supervised.supervisor() as client:
         client.signal("lxd", "SIGKILL")
     machine.run("kill", "-KILL", str(init))
     supervised.host.wait_for("ContainerShutdown", container="kept", after=before)
-    _start(supervised, "kept")
+    supervised.start_container("kept")
     wait_until(lambda: _has_address(supervised, "kept"), "an address")
     assert machine.containers() == {"kept": "Running", "stays": "Running"}
     assert supervised.host.of("ContainerShutdown", "stays") == []
@@ -155,7 +148,7 @@ def test_lxd_was_stopped(supervised: _SupervisedTremplin) -> None:
 
 def _works(supervised: _SupervisedTremplin) -> None:
     assert supervised.machine.containers() == {"kept": "Stopped"}
-    _start(supervised, "kept")
+    supervised.start_container("kept")
     wait_until(lambda: _has_address(supervised, "kept"), "an address")
     before = len(supervised.host.reports)
     supervised.call("StopContainer", container_name="kept")
