@@ -17,6 +17,7 @@ def replace(
     """
     temporary = f"{path}.new"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    flags |= os.O_NONBLOCK  # an error, not a wait, for a FIFO
     descriptor = os.open(temporary, flags, 0o600)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:

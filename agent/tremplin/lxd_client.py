@@ -43,6 +43,7 @@ class LxdClient:
 
     def __init__(self, lxd_dir: str) -> None:
         """lxd_dir: LXD's directory; the socket in it need not exist yet."""
+        self.directory = lxd_dir
         self.socket_path = f"{lxd_dir}/unix.socket"
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="lxd")
         # It warns of each connection beyond the one that it keeps.

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import json
+import tarfile
 from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from agent.pb import tremplin_pb2 as pb
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.lxd.host import Tremplin
 
 _IDS = (1000, 1001, 655360, 665357)
@@ -90,6 +97,51 @@ def test_markers(tremplin: Tremplin) -> None:
     tremplin.call("StartContainer", container_name="marked")
     tremplin.host.wait_for("UpdateStartStatus", container="marked", after=before)
     assert properties() == {"createdByTremplin": "true", "tremplinSetupFinished": "true"}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "has_fifo"),
+    [
+        ("properties:\n    os: Busybox\n    release: '1'\n", False),
+        ("properties:\n    os: Busybox\n    release: '1'\n", True),
+        ("properties: {os: Busybox, release: '1'}\n", False),
+        ("properties:\n    os: Busybox\n    release: '1'\n    createdByTremplin: 'no'\n", False),
+        ('{"properties": {"os": "Busybox", "release": "1"}}', False),
+    ],
+)
+def test_markers_in_any_metadata(
+    tremplin: Tremplin, tmp_path: Path, metadata: str, *, has_fifo: bool
+) -> None:
+    """The image's other properties stay, and LXD reads it all.
+
+    has_fifo: in the image, under the name of a file that tremplin would write.
+    """
+    packed = tmp_path / "metadata.tar"
+    content = f"architecture: x86_64\ncreation_date: 1\n{metadata}"
+    if metadata.startswith("{"):
+        content = json.dumps({"architecture": "x86_64", "creation_date": 1} | json.loads(metadata))
+    with tarfile.open(packed, "w") as archive:
+        member = tarfile.TarInfo("metadata.yaml")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content.encode()))
+        if has_fifo:
+            fifo = tarfile.TarInfo("metadata.yaml.new")
+            fifo.type = tarfile.FIFOTYPE
+            archive.addfile(fifo)
+    tmp_path.chmod(0o755)
+    rootfs, _ = tremplin.machine.image_files("busybox")
+    before = len(tremplin.host.reports)
+    tremplin.call(
+        "CreateContainer", container_name="laid", rootfs_path=rootfs, metadata_path=str(packed)
+    )
+    created = tremplin.end_of_create("laid", before)
+    assert created.message.status == pb.ContainerCreationProgress.CREATED, created
+    found = _object(tremplin, "instances", "laid", "metadata")
+    properties = {"os": "Busybox", "release": "1", "createdByTremplin": "true"}
+    assert (found["creation_date"], found["properties"]) == (1, properties)
+    tremplin.start_container("laid")
+    found = _object(tremplin, "instances", "laid", "metadata")
+    assert found["properties"] == properties | {"tremplinSetupFinished": "true"}
 
 
 def test_set_up_again(tremplin: Tremplin) -> None:

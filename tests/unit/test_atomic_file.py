@@ -42,3 +42,6 @@ def test_what_was_there_stays_when_it_cannot_be_replaced(tmp_path: Path) -> None
     with pytest.raises(OSError, match="symbolic links"):
         atomic_file.replace(str(tmp_path / "other"), "x")
     assert victim.read_text() == "kept"
+    os.mkfifo(tmp_path / "third.new")
+    with pytest.raises(OSError, match="No such device"):
+        atomic_file.replace(str(tmp_path / "third"), "x")
