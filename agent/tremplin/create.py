@@ -16,7 +16,8 @@ import re
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin import images, markers
 from agent.tremplin.image_source import FromFiles, FromServer, certificate, image_source
-from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
+from agent.tremplin.lxd_client import LxdError, LxdGoneError, LxdNotFoundError
+from agent.tremplin.lxd_operations import LxdCancelledError
 from agent.tremplin.names import IN_PROGRESS, is_in_progress
 from agent.tremplin.operation import Operation, OperationError, OperationTimedOutError, Outcome
 from agent.tremplin.paths import open_file
@@ -50,6 +51,8 @@ class Create(Operation):
         """request: checked; an unfinished container of that name is removed."""
         super().__init__(session, request)
         self._source = image_source(request)
+        self._began_at = asyncio.get_running_loop().time()
+        self._from_known = False
         self._name = ""
         self._naming = False
         self._percent = -1
@@ -92,7 +95,9 @@ class Create(Operation):
         if not self.name_is_free:
             await self._remove_unfinished()
         if isinstance(self._source, FromServer):
-            await self._create_from_server(self._source, operation)
+            self._from_known = operation is None and await self._create_from_known(self._source)
+            if not self._from_known:
+                await self._create_from_server(self._source, operation)
         else:
             await self._create_from_files(self._source)
         await markers.mark(self.session.lxd, self._name, markers.CREATED)
@@ -123,9 +128,15 @@ class Create(Operation):
     def told(self) -> None:
         """See Operation."""
         super().told()
-        if self.outcome is Outcome.DONE:
+        if (
+            self.outcome is Outcome.DONE
+            and isinstance(self._source, FromServer)
+            and not self._from_known
+        ):
             # Not before: writing it all to the disk takes seconds, and the container is there.
-            self.session.in_background(images.keep_image_of(self.session, self.container))
+            self.session.in_background(
+                images.keep_image_of(self.session, self.container, self._source, self._began_at)
+            )
 
     def _report(
         self, status: pb.ContainerCreationProgress.Status.ValueType, *, reason: str = ""
@@ -188,6 +199,32 @@ class Create(Operation):
             if await markers.is_unfinished(self.session.lxd, self.container):
                 await remove_container(self.session, self.container)
 
+    async def _create_from_known(self, source: FromServer) -> bool:
+        # Whether LXD had the image that was found to be meant a moment ago.
+        now = asyncio.get_running_loop().time()
+        fingerprint = self.session.known_images.fingerprint(source, now)
+        if not fingerprint:
+            return False
+        try:
+            await self._create_from_image(fingerprint)
+        except (LxdCancelledError, LxdGoneError):
+            raise
+        except LxdError as error:
+            _log.info(
+                "cannot make a container of image %.12s, asking for it: %s", fingerprint, error
+            )
+            self.session.known_images.forget(source)
+            return False
+        return True
+
+    async def _create_from_image(self, fingerprint: str) -> None:
+        operation = await self._start_creation({"type": "image", "fingerprint": fingerprint})
+        try:
+            await operation.wait()
+        except asyncio.CancelledError:
+            await operation.abort()
+            raise
+
     async def _create_from_server(self, source: FromServer, operation: LxdOperation | None) -> None:
         # operation: the one that is under way already.
         self._downloading = True
@@ -222,12 +259,7 @@ class Create(Operation):
         fingerprint = await self._import_image(source)
         self._advance(100)
         try:
-            operation = await self._start_creation({"type": "image", "fingerprint": fingerprint})
-            try:
-                await operation.wait()
-            except asyncio.CancelledError:
-                await operation.abort()
-                raise
+            await self._create_from_image(fingerprint)
         finally:
             await images.remove_imported_images(self.session, fingerprint)
 

@@ -11,6 +11,11 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.pb import tremplin_pb2 as pb
 
+_KNOWN_SECONDS = 600.0
+"""How long an alias is taken to mean what it meant."""
+_KNOWN_IMAGES = 64
+"""Aliases that are remembered."""
+
 
 class FromServer(NamedTuple):
     """An image on a simplestreams server."""
@@ -24,6 +29,31 @@ class FromFiles(NamedTuple):
 
     rootfs_path: str
     metadata_path: str
+
+
+class KnownImages:
+    """Which images the aliases of servers were found to mean, for some minutes: LXD would look into
+    the server's index, of which it keeps a copy for an hour, and find the same.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[FromServer, tuple[str, float]] = {}
+
+    def note(self, source: FromServer, fingerprint: str, at: float) -> None:
+        """LXD has the image that source meant at that time, in seconds of the caller's clock."""
+        self._found.pop(source, None)
+        self._found[source] = (fingerprint, at)
+        if len(self._found) > _KNOWN_IMAGES:
+            del self._found[next(iter(self._found))]
+
+    def fingerprint(self, source: FromServer, now: float) -> str:
+        """That of the image that source means, "" when LXD has to find out; now: as in note()."""
+        fingerprint, at = self._found.get(source, ("", now))
+        return fingerprint if now - at < _KNOWN_SECONDS else ""
+
+    def forget(self, source: FromServer) -> None:
+        """LXD has to find out what it means."""
+        self._found.pop(source, None)
 
 
 def image_server(url: str, *, lsb_release: str = "/etc/lsb-release") -> str:

@@ -19,6 +19,7 @@ import os
 import re
 from asyncio.subprocess import DEVNULL
 
+from agent.tremplin.image_source import FromServer
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.power_cut import images_are_checked, images_are_in_doubt
 
@@ -89,19 +90,27 @@ async def remove_unused_images(session: Session) -> None:
     await _remove_unknown_volumes(session)
 
 
-async def keep_image_of(session: Session, container: str) -> None:
-    """Puts the image that a container was made of onto the disk, for good, and marks it so."""
+async def keep_image_of(session: Session, container: str, source: FromServer, at: float) -> None:
+    """Puts the image that a container was made of onto the disk, for good, and marks it so.
+
+    source: where LXD was asked to take it from, and at: when, in seconds of the loop's clock.
+    """
     try:
         instance = await session.instance(container)
         fingerprint = (instance or {}).get("config", {}).get("volatile.base_image", "")
         if not fingerprint:
             return
         image = await session.lxd.get("images", fingerprint)
-        if _ON_DISK in _properties(image):
-            return
-        await session.lxd.in_thread(session.flush)
-        properties = _properties(image) | {_ON_DISK: "true"}
-        await session.lxd.request("patch", "images", fingerprint, json={"properties": properties})
+        if _ON_DISK not in _properties(image):
+            await session.lxd.in_thread(session.flush)
+            properties = _properties(image) | {_ON_DISK: "true"}
+            await session.lxd.request(
+                "patch", "images", fingerprint, json={"properties": properties}
+            )
+        # LXD may have it by another alias, or the container is somebody else's by now.
+        came_from = image.get("update_source") or {}
+        if source == FromServer(came_from.get("server", ""), came_from.get("alias", "")):
+            session.known_images.note(source, fingerprint, at)
     except LxdNotFoundError:
         pass
     except (LxdError, OSError) as error:

@@ -7,6 +7,7 @@ import os
 from typing import NamedTuple
 
 from agent.syscalls import syncfs
+from agent.tremplin.image_source import KnownImages
 from agent.tremplin.inits import Inits
 from agent.tremplin.journal import Journal
 from agent.tremplin.lifecycle import Lifecycle
@@ -68,6 +69,7 @@ class Session:
         self.reporter = reporter
         self.left_overs_removed = False
         """Whether nothing is left of creations by a tremplin that was killed."""
+        self.known_images = KnownImages()
         self.import_lock = asyncio.Lock()
         self.image_lock = asyncio.Lock()
         """Held while the images of an earlier boot are looked through."""

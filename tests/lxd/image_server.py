@@ -3,7 +3,7 @@
 
 The first part of every path is passed over, so that each test has a server of its own as far as
 LXD, which remembers what it read from a URL, can tell. BEHAVIOUR_FILE holds JSON, read again and
-again: {"rate": bytes per second, "stall_after": bytes of a file, "corrupt": true}.
+again: {"rate": bytes per second, "stall_after": bytes of a file, "corrupt": true, "down": true}.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Sends a file of the tree."""
         path = self.tree.joinpath(*self.path.split("?")[0].split("/")[2:])
-        if not path.is_file():
+        down = json.loads(self.behaviour_file.read_text()).get("down", False)
+        if down or not path.is_file():
             self.send_error(404)
             return
         self.send_response(200)

@@ -186,6 +186,35 @@ def test_name_taken_meanwhile(tremplin: Tremplin) -> None:
     assert machine.run("lxc", "config", "get", "taken", "user.mine").strip() == "yes"
 
 
+def _image_is_marked(tremplin: Tremplin, fingerprint: str) -> bool:
+    image = tremplin.machine.api.images[fingerprint].get().json()["metadata"]
+    return "tremplin-on-disk" in image["properties"]
+
+
+def test_image_there(tremplin: Tremplin) -> None:
+    """What an alias was found to mean a moment ago needs no server, nor what LXD keeps of its
+    index; an image that somebody has removed is downloaded again.
+    """
+    machine = tremplin.machine
+    server = machine.new_server()
+    assert tremplin.create("first", server=server).message.status == CREATION.CREATED
+    (image,) = machine.images()
+    wait_until(lambda: _image_is_marked(tremplin, image), "the image on the disk")
+
+    machine.run("find", machine.lxd_dir / "cache", "-name", "*.json", "-delete")
+    machine.behave(down=True)
+    assert tremplin.create("second", server=server).message.status == CREATION.CREATED
+    other = tremplin.create("third", server=server, alias="busybox/1").message
+    assert other.status == CREATION.FAILED
+    assert "404" in other.failure_reason
+
+    machine.behave()
+    machine.forget_images()
+    assert tremplin.create("fourth", server=server).message.status == CREATION.CREATED
+    assert machine.images() == [image]
+    assert set(machine.containers()) == {"first", "second", "fourth"}
+
+
 def test_broken_files(tremplin: Tremplin) -> None:
     """A root filesystem that is none: FAILED, nothing is left, and the right file works."""
     rootfs, metadata = tremplin.machine.image_files("busybox")
