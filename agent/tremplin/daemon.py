@@ -107,7 +107,9 @@ async def _follow(session: Session) -> None:
 
     async def connected() -> None:
         try:
-            await session.lifecycle.catch_up()
+            instances = await session.lxd.get("instances", params={"recursion": "1"})
+            session.names_in_use.catch_up(instances)
+            session.lifecycle.catch_up(instances)
             await session.lxd_operations.catch_up()
         except LxdError as error:
             raise ConnectionError(str(error)) from None
@@ -120,11 +122,13 @@ async def _follow(session: Session) -> None:
         if event.get("type") == "operation":
             session.lxd_operations.on_event(metadata)
         elif event.get("type") == "lifecycle":
+            session.names_in_use.on_event(metadata)
             session.lifecycle.on_event(metadata, str(event["timestamp"]))
 
     def lost() -> None:
         nonlocal giving_up
         session.lxd_is_up.clear()
+        session.names_in_use.know_nothing()
         if giving_up is not None:
             giving_up.cancel()
         giving_up = asyncio.get_running_loop().call_later(

@@ -7,13 +7,13 @@ from __future__ import annotations
 import asyncio
 import datetime
 import logging
-from urllib.parse import unquote, urlsplit
 
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin import markers
 from agent.tremplin.life import Life, Turn
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.names import is_reserved
+from agent.tremplin.names_in_use import instance_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ class Lifecycle:
         """The containers that run."""
         return {name for name, life in self._lives.items() if life.up}
 
-    async def catch_up(self) -> None:
-        """Compares with what LXD says, after a time without events. Raises LxdError."""
-        instances = await self._session.lxd.get("instances", params={"recursion": "1"})
+    def catch_up(self, instances: list[dict[str, Any]]) -> None:
+        """Compares with what LXD says, after a time without events; instances: LXD's list."""
         up = {found["name"] for found in instances if found["status"] != "Stopped"}
         for name in self.up - up:
             self._is_down(name)
@@ -69,7 +68,7 @@ class Lifecycle:
     def on_event(self, event: dict[str, Any], sent: str) -> None:
         """Takes an event of type lifecycle; event: its metadata; sent: when LXD sent it."""
         turn = _TURNS.get(str(event.get("action")))
-        name = unquote(urlsplit(str(event.get("source", ""))).path.rpartition("/")[2])
+        name = instance_of(event)
         if turn is None or is_reserved(name):
             return
         if event["action"] == "instance-shutdown" and not event.get("requestor"):

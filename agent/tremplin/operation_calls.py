@@ -76,7 +76,8 @@ class OperationCalls(TremplinServicer):
             if self._session.operation(Create, name):
                 return pb.CreateContainerResponse(status=pb.CreateContainerResponse.CREATING)
             deleted = self._session.operation(Delete, name) is not None
-            instance = None if deleted else await self._session.instance(name)
+            free = deleted or self._session.names_in_use.is_free(name)
+            instance = None if free else await self._session.instance(name)
             if instance is not None and await self._is_whole(instance):
                 return pb.CreateContainerResponse(status=pb.CreateContainerResponse.EXISTS)
         except LxdError as error:

@@ -13,6 +13,7 @@ from agent.tremplin.journal import Journal
 from agent.tremplin.lifecycle import Lifecycle
 from agent.tremplin.lxd_client import LxdClient, LxdNotFoundError
 from agent.tremplin.lxd_operations import LxdOperations
+from agent.tremplin.names_in_use import NamesInUse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Session:
         self.reporter = reporter
         self.left_overs_removed = False
         """Whether nothing is left of creations by a tremplin that was killed."""
+        self.names_in_use = NamesInUse()
         self.known_images = KnownImages()
         self.import_lock = asyncio.Lock()
         self.image_lock = asyncio.Lock()

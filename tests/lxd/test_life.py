@@ -73,6 +73,40 @@ def test_newer_flow(tremplin: Tremplin) -> None:
     )
 
 
+def test_names_that_somebody_else_uses(tremplin: Tremplin) -> None:
+    """A container of whatever maker is there as soon as lxc says so, and not there any more."""
+    machine = tremplin.machine
+    tremplin.create("made")
+    (image,) = machine.images()
+
+    def answer(name: str) -> int:
+        before = len(tremplin.host.reports)
+        response = tremplin.call(
+            "CreateContainer",
+            container_name=name,
+            image_server=machine.new_server(),
+            image_alias="busybox",
+        )
+        if response.status == pb.CreateContainerResponse.CREATING:
+            assert tremplin.end_of_create(name, before).message.status == CREATION.CREATED
+        return int(response.status)
+
+    exists, creating = pb.CreateContainerResponse.EXISTS, pb.CreateContainerResponse.CREATING
+    machine.run("lxc", "init", image, "theirs")
+    assert answer("theirs") == exists
+    machine.run("lxc", "rename", "theirs", "renamed")
+    assert answer("renamed") == exists
+    assert answer("theirs") == creating
+    machine.run("lxc", "copy", "renamed", "copied")
+    assert answer("copied") == exists
+    machine.run("lxc", "delete", "renamed")
+    assert answer("renamed") == creating
+    assert set(machine.containers()) == {"made", "theirs", "renamed", "copied"}
+    machine.kill_lxd()
+    machine.start_lxd()
+    assert answer("copied") == exists
+
+
 def test_older_flow(tremplin: Tremplin) -> None:
     """No StartLxd; started first, set up afterwards; STARTED in the response to a quick start."""
     assert tremplin.create("older").message.status == CREATION.CREATED
