@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import NamedTuple
 
 from agent.tremplin.operation import OperationError
@@ -79,10 +80,10 @@ def image_source(request: pb.CreateContainerRequest) -> FromServer | FromFiles:
     return FromServer(image_server(request.image_server), request.image_alias)
 
 
-def source_problem(source: FromServer | FromFiles) -> str:
-    """Why a container cannot be made from that source, or ""; blocks."""
+async def source_problem(source: FromServer | FromFiles) -> str:
+    """Why a container cannot be made from that source, or ""."""
     if isinstance(source, FromFiles):
-        return files_problem(source)
+        return await asyncio.to_thread(files_problem, source)
     if not source.server or not source.alias:
         return "it takes image_server and image_alias, or rootfs_path and metadata_path"
     if not source.server.startswith(("http://", "https://")):
@@ -91,7 +92,7 @@ def source_problem(source: FromServer | FromFiles) -> str:
 
 
 def files_problem(source: FromFiles) -> str:
-    """Why a container cannot be made from these files, or ""."""
+    """Why a container cannot be made from these files, or ""; blocks."""
     for field, path in source._asdict().items():
         if problem := path_problem(field, path):
             return problem

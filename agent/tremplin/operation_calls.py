@@ -68,9 +68,7 @@ class OperationCalls(TremplinServicer):
         """Begins to make a container, unless it is there and whole."""
         name = request.container_name
         try:
-            problem = name_problem(name) or await asyncio.to_thread(
-                source_problem, image_source(request)
-            )
+            problem = name_problem(name) or await source_problem(image_source(request))
             if problem:
                 return _create_failed(name, problem)
             if self._session.operation(Create, name):
