@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import re
@@ -19,8 +18,7 @@ from agent.tremplin.image_source import FromFiles, FromServer, certificate, imag
 from agent.tremplin.lxd_client import LxdError, LxdGoneError, LxdNotFoundError
 from agent.tremplin.lxd_operations import LxdCancelledError
 from agent.tremplin.names import IN_PROGRESS, is_in_progress
-from agent.tremplin.operation import Operation, OperationError, OperationTimedOutError, Outcome
-from agent.tremplin.paths import open_file
+from agent.tremplin.operation import Operation, OperationTimedOutError, Outcome
 from agent.tremplin.remove import remove_container, token_device
 
 TYPE_CHECKING = False
@@ -51,8 +49,8 @@ class Create(Operation):
         """request: checked; an unfinished container of that name is removed."""
         super().__init__(session, request)
         self._source = image_source(request)
-        self._began_at = asyncio.get_running_loop().time()
-        self._from_known = False
+        self._asked_at: float | None = asyncio.get_running_loop().time()
+        """When LXD was to find out what the source means; None if that was known."""
         self._name = ""
         self._naming = False
         self._percent = -1
@@ -95,8 +93,7 @@ class Create(Operation):
         if not self.name_is_free:
             await self._remove_unfinished()
         if isinstance(self._source, FromServer):
-            self._from_known = operation is None and await self._create_from_known(self._source)
-            if not self._from_known:
+            if operation is not None or not await self._create_from_known(self._source):
                 await self._create_from_server(self._source, operation)
         else:
             await self._create_from_files(self._source)
@@ -128,14 +125,12 @@ class Create(Operation):
     def told(self) -> None:
         """See Operation."""
         super().told()
-        if (
-            self.outcome is Outcome.DONE
-            and isinstance(self._source, FromServer)
-            and not self._from_known
-        ):
+        if self.outcome is not Outcome.DONE or not isinstance(self._source, FromServer):
+            return
+        if self._asked_at is not None:
             # Not before: writing it all to the disk takes seconds, and the container is there.
             self.session.in_background(
-                images.keep_image_of(self.session, self.container, self._source, self._began_at)
+                images.keep_image_of(self.session, self.container, self._source, self._asked_at)
             )
 
     def _report(
@@ -215,6 +210,7 @@ class Create(Operation):
             )
             self.session.known_images.forget(source)
             return False
+        self._asked_at = None
         return True
 
     async def _create_from_image(self, fingerprint: str) -> None:
@@ -256,7 +252,7 @@ class Create(Operation):
 
     async def _create_from_files(self, source: FromFiles) -> None:
         self._advance(0)
-        fingerprint = await self._import_image(source)
+        fingerprint = await images.import_image(self.session, source)
         self._advance(100)
         try:
             await self._create_from_image(fingerprint)
@@ -346,48 +342,6 @@ class Create(Operation):
         raise OperationTimedOutError(
             f"no byte came from the image server for {now - self._last_byte_at:.0f} s"
         )
-
-    async def _import_image(self, source: FromFiles) -> str:
-        answer = await self.session.lxd.in_thread(_post_image, self.session, source)
-        operation = await self.session.lxd_operations.follow(answer)
-        try:
-            state = await operation.wait()
-        except LxdError as error:
-            if "already exists" not in str(error):
-                raise
-            return await self.session.lxd.in_thread(_fingerprint, source)
-        return str(state["metadata"]["fingerprint"])
-
-
-def _post_image(session: Session, source: FromFiles) -> dict[str, Any]:
-    from requests_toolbelt import MultipartEncoder
-
-    with open_file(source.metadata_path) as metadata, open_file(source.rootfs_path) as rootfs:
-        body = MultipartEncoder(
-            {
-                "metadata": ("metadata", metadata, "application/octet-stream"),
-                "rootfs": ("rootfs", rootfs, "application/octet-stream"),
-            }
-        )
-        headers = {
-            "Content-Type": body.content_type,
-            "X-LXD-properties": f"{images.FILE_IMPORT}=true",
-            "X-LXD-filename": os.path.basename(source.rootfs_path),
-        }
-        answer = session.lxd.call("post", ("images",), data=body, headers=headers).json()
-    if not isinstance(answer, dict):
-        raise OperationError("LXD's answer is not an object")
-    return answer
-
-
-def _fingerprint(source: FromFiles) -> str:
-    # LXD's fingerprint of an image in two parts: of the metadata followed by the root filesystem.
-    digest = hashlib.sha256()
-    for path in (source.metadata_path, source.rootfs_path):
-        with open_file(path) as file:
-            while chunk := file.read(1024 * 1024):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _bytes_in(directory: str) -> int:

@@ -13,14 +13,16 @@ import asyncio
 import contextlib
 import functools
 import glob
+import hashlib
 import json
 import logging
 import os
 import re
 from asyncio.subprocess import DEVNULL
 
-from agent.tremplin.image_source import FromServer
+from agent.tremplin.image_source import FromFiles, FromServer
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
+from agent.tremplin.paths import open_file
 from agent.tremplin.power_cut import images_are_checked, images_are_in_doubt
 
 TYPE_CHECKING = False
@@ -32,10 +34,23 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-FILE_IMPORT = "tremplin-import"
+_FILE_IMPORT = "tremplin-import"
 """The property of images that came from files."""
 _ON_DISK = "tremplin-on-disk"
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+
+
+async def import_image(session: Session, source: FromFiles) -> str:
+    """Gives LXD the image in two files: its fingerprint. Raises LxdError and OSError."""
+    answer = await session.lxd.in_thread(_post_image, session, source)
+    operation = await session.lxd_operations.follow(answer)
+    try:
+        state = await operation.wait()
+    except LxdError as error:
+        if "already exists" not in str(error):
+            raise
+        return await session.lxd.in_thread(_fingerprint, source)
+    return str(state["metadata"]["fingerprint"])
 
 
 async def remove_imported_images(session: Session, fingerprint: str | None = None) -> None:
@@ -43,7 +58,7 @@ async def remove_imported_images(session: Session, fingerprint: str | None = Non
     await _remove_images(
         session,
         lambda image: (
-            FILE_IMPORT in _properties(image) and fingerprint in {None, image["fingerprint"]}
+            _FILE_IMPORT in _properties(image) and fingerprint in {None, image["fingerprint"]}
         ),
     )
 
@@ -115,6 +130,37 @@ async def keep_image_of(session: Session, container: str, source: FromServer, at
         pass
     except (LxdError, OSError) as error:
         _log.warning("cannot keep the image of %s for the next boot: %s", container, error)
+
+
+def _post_image(session: Session, source: FromFiles) -> dict[str, Any]:
+    from requests_toolbelt import MultipartEncoder
+
+    with open_file(source.metadata_path) as metadata, open_file(source.rootfs_path) as rootfs:
+        body = MultipartEncoder(
+            {
+                "metadata": ("metadata", metadata, "application/octet-stream"),
+                "rootfs": ("rootfs", rootfs, "application/octet-stream"),
+            }
+        )
+        headers = {
+            "Content-Type": body.content_type,
+            "X-LXD-properties": f"{_FILE_IMPORT}=true",
+            "X-LXD-filename": os.path.basename(source.rootfs_path),
+        }
+        answer = session.lxd.call("post", ("images",), data=body, headers=headers).json()
+    if not isinstance(answer, dict):
+        raise LxdError("LXD's answer is not an object")
+    return answer
+
+
+def _fingerprint(source: FromFiles) -> str:
+    # LXD's fingerprint of an image in two parts: of the metadata followed by the root filesystem.
+    digest = hashlib.sha256()
+    for path in (source.metadata_path, source.rootfs_path):
+        with open_file(path) as file:
+            while chunk := file.read(1024 * 1024):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 async def _remove_images(session: Session, goes: Callable[[dict[str, Any]], bool]) -> list[str]:
