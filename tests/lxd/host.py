@@ -222,10 +222,13 @@ class Tremplin:
             after=after,
         )
 
-    def start_container(self, name: str) -> None:
-        """Has a container started, and returns when the host has heard that it was."""
+    def start_container(self, name: str, **fields: Any) -> None:
+        """Has a container started, and returns when the host has heard that it was.
+
+        fields: of the request.
+        """
         before = len(self.host.reports)
-        self.call("StartContainer", container_name=name)
+        self.call("StartContainer", container_name=name, **fields)
         end = self.host.wait_for("UpdateStartStatus", container=name, after=before)
         assert end.message.status == pb.ContainerStartProgress.STARTED, end
 

@@ -152,8 +152,7 @@ def test_sigterm_and_sigpwr(tremplin: Tremplin) -> None:
     """SIGTERM leaves the containers running, SIGPWR stops them; both end tremplin cleanly."""
     machine = tremplin.machine
     tremplin.create("signals", alias="busybox")
-    tremplin.call("StartContainer", container_name="signals")
-    tremplin.host.wait_for("UpdateStartStatus", container="signals")
+    tremplin.start_container("signals")
     tremplin.kill(signal.SIGTERM)
     assert tremplin.ended() == 0
     assert machine.containers() == {"signals": "Running"}

@@ -66,8 +66,7 @@ def _import(tremplin: Tremplin, name: str, path: Path) -> Any:
 def test_there_and_back(tremplin: Tremplin, directory: Path) -> None:
     """A running container is exported, changed, and replaced by what was exported."""
     tremplin.create("box", alias="big")
-    tremplin.call("StartContainer", container_name="box")
-    tremplin.host.wait_for("UpdateStartStatus", container="box")
+    tremplin.start_container("box")
     tremplin.run_in("box", "sh", "-c", "echo before >/root/state; sync")
     exported = _export(tremplin, "box", directory / "box.tar.gz")
     assert exported.status == EXPORT.DONE, exported
@@ -93,8 +92,7 @@ def test_there_and_back(tremplin: Tremplin, directory: Path) -> None:
 def test_running_is_consistent(tremplin: Tremplin, directory: Path) -> None:
     """What a busy container writes first is never missing when what it wrote next is there."""
     tremplin.create("box", alias="big")
-    tremplin.call("StartContainer", container_name="box")
-    tremplin.host.wait_for("UpdateStartStatus", container="box")
+    tremplin.start_container("box")
     script = "n=1; while :; do echo $n >/root/a; echo $n >/root/b; n=$((n+1)); done"
     tremplin.run_in("box", "sh", "-c", f"({script}) </dev/null >/dev/null 2>&1 &")
     assert _export(tremplin, "box", directory / "box.tar.gz").status == EXPORT.DONE

@@ -127,8 +127,7 @@ def test_stop_start_delete(tremplin: Tremplin) -> None:
     """Each answer, each report, and files that are reachable in every state."""
     tremplin.create("cycle")
     host = tremplin.host
-    tremplin.call("StartContainer", container_name="cycle")
-    host.wait_for("UpdateStartStatus", container="cycle")
+    tremplin.start_container("cycle")
     for _ in range(2):
         before = len(host.reports)
         stop = tremplin.call("StopContainer", container_name="cycle")
@@ -191,10 +190,7 @@ def test_privileged(tremplin: Tremplin) -> None:
         (pb.StartContainerRequest.UNCHANGED, "true"),
         (pb.StartContainerRequest.UNPRIVILEGED, "false"),
     ):
-        before = len(tremplin.host.reports)
-        tremplin.call("StartContainer", container_name="level", privilege_level=level)
-        report = tremplin.host.wait_for("UpdateStartStatus", container="level", after=before)
-        assert report.message.status == pb.ContainerStartProgress.STARTED
+        tremplin.start_container("level", privilege_level=level)
         found = tremplin.machine.run("lxc", "config", "get", "level", "security.privileged")
         assert found.strip() == wanted
         uids = tremplin.machine.run("lxc", "exec", "level", "--", "cat", "/proc/self/uid_map")
@@ -282,10 +278,7 @@ def test_host_refuses_reports(tremplin: Tremplin) -> None:
 
     tremplin.host.hooks["UpdateCreateStatus"] = refuse
     assert tremplin.create("refused").message.status == CREATION.CREATED
-    before = len(tremplin.host.reports)
-    tremplin.call("StartContainer", container_name="refused")
-    started = tremplin.host.wait_for("UpdateStartStatus", container="refused", after=before)
-    assert started.message.status == pb.ContainerStartProgress.STARTED
+    tremplin.start_container("refused")
     told = [message.status for message in tremplin.host.of("UpdateCreateStatus", "refused")]
     assert told.count(CREATION.CREATED) == 1
     # It would be carried on if it had not been told.
@@ -297,8 +290,7 @@ def test_host_refuses_reports(tremplin: Tremplin) -> None:
 def test_delete_while_running(tremplin: Tremplin) -> None:
     """It is stopped first; the host hears of both."""
     tremplin.create("busy")
-    tremplin.call("StartContainer", container_name="busy")
-    tremplin.host.wait_for("UpdateStartStatus", container="busy")
+    tremplin.start_container("busy")
     tremplin.call("DeleteContainer", container_name="busy")
     deleted = tremplin.host.wait_for("UpdateDeletionStatus", container="busy")
     assert deleted.message.status == pb.ContainerDeletionProgress.DELETED, deleted

@@ -66,9 +66,7 @@ def test_seen_inside(tremplin: Tremplin) -> None:
     """The devices, the directory shared with the host, and the ids that are the same."""
     machine = tremplin.machine
     tremplin.create("inside")
-    before = len(tremplin.host.reports)
-    tremplin.call("StartContainer", container_name="inside")
-    tremplin.host.wait_for("UpdateStartStatus", container="inside", after=before)
+    tremplin.start_container("inside")
     modes = tremplin.run_in("inside", "stat", "-c", "%a", "/dev/fuse", "/dev/net/tun")
     assert modes.split() == ["666", "666"]
     machine.run("sh", "-c", "echo hello >/run/shared/file")
@@ -93,9 +91,7 @@ def test_markers(tremplin: Tremplin) -> None:
 
     tremplin.create("marked")
     assert properties() == {"createdByTremplin": "true"}
-    before = len(tremplin.host.reports)
-    tremplin.call("StartContainer", container_name="marked")
-    tremplin.host.wait_for("UpdateStartStatus", container="marked", after=before)
+    tremplin.start_container("marked")
     assert properties() == {"createdByTremplin": "true", "tremplinSetupFinished": "true"}
 
 

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 def running(tremplin: Tremplin) -> Tremplin:
     """Tremplin with a running container `rest`."""
     tremplin.create("rest")
-    before = len(tremplin.host.reports)
-    tremplin.call("StartContainer", container_name="rest")
-    tremplin.host.wait_for("UpdateStartStatus", container="rest", after=before)
+    tremplin.start_container("rest")
     return tremplin
 
 
@@ -105,10 +103,7 @@ def test_any_text(running: Tremplin, name: str) -> None:
 def test_frozen(running: Tremplin) -> None:
     """A start is what a container that somebody paused needs to run."""
     running.machine.run("lxc", "pause", "rest")
-    before = len(running.host.reports)
-    running.call("StartContainer", container_name="rest")
-    told = running.host.wait_for("UpdateStartStatus", container="rest", after=before)
-    assert told.message.status == pb.ContainerStartProgress.STARTED
+    running.start_container("rest")
     assert running.machine.containers() == {"rest": "Running"}
 
 
@@ -186,9 +181,7 @@ def test_microphone_taken_away(running: Tremplin) -> None:
         assert dict(answer.results) == {"MICROPHONE": pb.UpdateContainerDevicesResponse.SUCCESS}
         for disabled in (False, True):
             machine.run("lxc", "stop", "--force", "rest")
-            before = len(running.host.reports)
-            running.call("StartContainer", container_name="rest", disable_audio_capture=disabled)
-            running.host.wait_for("UpdateStartStatus", container="rest", after=before)
+            running.start_container("rest", disable_audio_capture=disabled)
             found = running.run_in("rest", "sh", "-c", "ls /dev/snd 2>&1 || true")
             assert ("pcmC91D0c" in found) is not disabled
     finally:

@@ -32,8 +32,7 @@ _LONG = pytest.mark.skipif(
 def running(tremplin: Tremplin) -> Tremplin:
     """Tremplin with a running container `life`."""
     tremplin.create("life")
-    tremplin.call("StartContainer", container_name="life")
-    tremplin.host.wait_for("UpdateStartStatus", container="life")
+    tremplin.start_container("life")
     return tremplin
 
 

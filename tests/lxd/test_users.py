@@ -96,13 +96,6 @@ def _read(tremplin: Tremplin, path: str) -> str:
     return tremplin.machine.run("lxc", "file", "pull", f"users/{path}", "-")
 
 
-def _start(tremplin: Tremplin) -> None:
-    before = len(tremplin.host.reports)
-    tremplin.call("StartContainer", container_name="users")
-    end = tremplin.host.wait_for("UpdateStartStatus", container="users", after=before)
-    assert end.message.status == pb.ContainerStartProgress.STARTED
-
-
 @pytest.mark.parametrize("kind", _TREES)
 def test_trees(tremplin: Tremplin, kind: str) -> None:
     """The user logs in, in the right groups; what was there stays; once more changes nothing."""
@@ -122,7 +115,7 @@ def test_trees(tremplin: Tremplin, kind: str) -> None:
     assert (again.status, again.username) == (_STATUS.EXISTS, tree.user)
     assert _read(tremplin, "etc/passwd") == passwd
 
-    _start(tremplin)
+    tremplin.start_container("users")
     groups = set(tremplin.run_in("users", "id", "-nG", tree.user).split())
     assert groups >= tree.groups | {"chronos-access", "android-everybody"}
     login = tremplin.run_in("users", "su", "-", tree.user, "-c", "id -u; pwd; touch mine")
@@ -170,6 +163,6 @@ def test_tremplin_killed_in_the_middle(tremplin: Tremplin) -> None:
         tremplin.start()
         answer = _set_up(tremplin)
         assert answer.username == "emma", answer
-        _start(tremplin)
+        tremplin.start_container("users")
         assert tremplin.run_in("users", "su", "-", "emma", "-c", "id -u").strip() == "1000"
         tremplin.machine.run("lxc", "delete", "--force", "users")
