@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.operation import Operation, Outcome
+from agent.tremplin.retry import is_busy, while_busy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.tremplin.session import Session
-
-_BUSY_SECONDS = 60.0
-"""How long something else that LXD does with a container may keep it from being removed."""
-_POLL_SECONDS = 0.1
 
 
 class Delete(Operation):
@@ -68,31 +64,19 @@ def token_device(token_dir: str, container: str) -> dict[str, str]:
 
 async def remove_container(session: Session, container: str) -> None:
     """Returns when there is no such container: stops and deletes it. Raises LxdError."""
-    deadline = asyncio.get_running_loop().time() + _BUSY_SECONDS
-    while True:
+
+    async def attempt() -> None:
         try:
             await session.lxd_operations.run("delete", "instances", container)
-            return
-        except LxdNotFoundError:
-            return
-        except LxdError as error:
-            if not is_busy(error) or asyncio.get_running_loop().time() > deadline:
-                raise
-        try:
-            instance = await session.instance(container)
-            if instance is not None and instance["status"] != "Stopped":
-                stop = {"action": "stop", "force": True, "timeout": -1}
-                await session.lxd_operations.run("put", "instances", container, "state", json=stop)
-                continue
-        except LxdNotFoundError:
             return
         except LxdError as error:
             if not is_busy(error):
                 raise
-        await asyncio.sleep(_POLL_SECONDS)
+        instance = await session.instance(container)
+        if instance is not None and instance["status"] != "Stopped":
+            stop = {"action": "stop", "force": True, "timeout": -1}
+            await session.lxd_operations.run("put", "instances", container, "state", json=stop)
+        await session.lxd_operations.run("delete", "instances", container)
 
-
-def is_busy(error: LxdError) -> bool:
-    """Whether LXD refuses because it has something else in hand with the container."""
-    text = str(error)
-    return "Instance is busy" in text or "is already running" in text or "is running" in text
+    with contextlib.suppress(LxdNotFoundError):
+        await while_busy(attempt)

@@ -1,5 +1,5 @@
-"""What LXD cannot do now, being away or its disk full, it can do later: work that has to be done at
-some time, and for which nobody waits.
+"""What LXD cannot do now it can do later: in a moment, when it has something else in hand; at some
+time, for which nobody waits, when it is away or its disk full.
 """
 
 from __future__ import annotations
@@ -17,6 +17,30 @@ if TYPE_CHECKING:
     from agent.tremplin.session import Session
 
 _log = logging.getLogger(__name__)
+
+_BUSY_SECONDS = 60.0
+"""How long something else that LXD does with a container may hold up what is wanted of it."""
+_BUSY_POLL_SECONDS = 0.1
+
+
+async def while_busy(attempt: Callable[[], Awaitable[None]]) -> None:
+    """Calls it again as long as LXD has something else in hand with the container, and refuses.
+
+    Raises what attempt raises; the refusal too, after a minute of it.
+    """
+    again = tenacity.AsyncRetrying(
+        wait=tenacity.wait_fixed(_BUSY_POLL_SECONDS),
+        stop=tenacity.stop_after_delay(_BUSY_SECONDS),
+        retry=tenacity.retry_if_exception(is_busy),
+        reraise=True,
+    )
+    await again(attempt)
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether LXD refuses because it has something else in hand with the container."""
+    text = str(error) if isinstance(error, LxdError) else ""
+    return "Instance is busy" in text or "is already running" in text or "is running" in text
 
 
 async def now_or_later(session: Session, what: str, attempt: Callable[[], Awaitable[None]]) -> None:

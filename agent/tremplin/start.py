@@ -7,6 +7,8 @@ import contextlib
 import os
 import re
 
+import tenacity
+
 from agent import atomic_file
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin import markers, remap
@@ -14,8 +16,8 @@ from agent.tremplin.devices import PREFIX, replace_devices
 from agent.tremplin.lxd_client import LxdError, LxdNotFoundError
 from agent.tremplin.operation import Operation, OperationError, Outcome
 from agent.tremplin.os_release import read_os_release
-from agent.tremplin.remove import is_busy, token_device, token_path
-from agent.tremplin.retry import now_or_later
+from agent.tremplin.remove import token_device, token_path
+from agent.tremplin.retry import now_or_later, while_busy
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,11 +25,9 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 2.0
 """A start that is over by then is answered STARTED."""
-_BUSY_SECONDS = 60.0
-"""How long a stop that LXD still has in hand may hold up the start."""
 _NETWORK_SECONDS = 130.0
 """An LXD that comes up without its bridge tries again every minute."""
-_POLL_SECONDS = 0.1
+_NETWORK_POLL_SECONDS = 1.0
 _PRIVILEGE = {
     pb.StartContainerRequest.UNPRIVILEGED: "false",
     pb.StartContainerRequest.PRIVILEGED: "true",
@@ -150,29 +150,29 @@ class Start(Operation):
             raise OperationError("its first start was cut short: it has to be created again")
 
     async def _start(self) -> None:
+        again = tenacity.AsyncRetrying(
+            wait=tenacity.wait_fixed(_NETWORK_POLL_SECONDS),
+            stop=tenacity.stop_after_delay(_NETWORK_SECONDS),
+            retry=tenacity.retry_if_exception(_has_no_network),
+            reraise=True,
+        )
         # LXD shows a container as stopped before it has let go of it.
-        clock = asyncio.get_running_loop().time
-        began = clock()
-        action = "start"
-        while True:
-            try:
-                await self.session.lxd_operations.run(
-                    "put", "instances", self.container, "state", json={"action": action}
-                )
-                return
-            except LxdError as error:
-                text = str(error)
-                if "already running" in text:
-                    instance = await self.session.instance(self.container)
-                    if instance is None or instance["status"] != "Frozen":
-                        return
-                    action = "unfreeze"
-                    continue
-                network = "unavailable on this server" in text
-                limit = _NETWORK_SECONDS if network else _BUSY_SECONDS
-                if not (network or is_busy(error)) or clock() - began > limit:
-                    raise
-            await asyncio.sleep(1.0 if network else _POLL_SECONDS)
+        await again(while_busy, self._change_state)
+
+    async def _change_state(self) -> None:
+        try:
+            await self._put_state("start")
+        except LxdError as error:
+            if "already running" not in str(error):
+                raise
+            instance = await self.session.instance(self.container)
+            if instance is not None and instance["status"] == "Frozen":
+                await self._put_state("unfreeze")
+
+    async def _put_state(self, action: str) -> None:
+        await self.session.lxd_operations.run(
+            "put", "instances", self.container, "state", json={"action": action}
+        )
 
     async def _mark(self) -> None:
         async def attempt() -> None:
@@ -195,6 +195,10 @@ class Start(Operation):
     def _read_log(self) -> str:
         path = ("instances", self.container, "logs", "lxc.log")
         return str(self.session.lxd.call("get", path, is_api=False).text)
+
+
+def _has_no_network(error: BaseException) -> bool:
+    return isinstance(error, LxdError) and "unavailable on this server" in str(error)
 
 
 def first_error(log: str) -> str:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import logging
 
 from agent.pb import tremplin_pb2 as pb
 from agent.tremplin.lxd_client import LxdError
 from agent.tremplin.operation import Operation, OperationError, Outcome
-from agent.tremplin.remove import is_busy
+from agent.tremplin.retry import while_busy
 
 _log = logging.getLogger(__name__)
 
 _CLEAN_SECONDS = 30
 """What a container's init has to end everything; systemd under emulation needs 4 to 5."""
-_BUSY_SECONDS = 60.0
-_POLL_SECONDS = 0.1
 
 
 class Stop(Operation):
@@ -26,37 +24,24 @@ class Stop(Operation):
 
     async def work(self) -> None:
         """See Operation."""
-        clock = asyncio.get_running_loop().time
-        deadline = clock() + _BUSY_SECONDS
-        force = False
-        while True:
-            instance = await self.session.instance(self.container)
-            if instance is None:
-                raise OperationError("there is no such container")
-            if instance["status"] == "Stopped":
-                return
-            force = force or instance["status"] == "Frozen"
-            try:
-                await self.session.lxd_operations.run(
-                    "put",
-                    "instances",
-                    self.container,
-                    "state",
-                    json={
-                        "action": "stop",
-                        "force": force,
-                        "timeout": -1 if force else _CLEAN_SECONDS,
-                    },
-                )
-                return
-            except LxdError as error:
-                if is_busy(error) and clock() < deadline:
-                    await asyncio.sleep(_POLL_SECONDS)
-                elif force:
-                    raise
-                else:
-                    _log.info("container %s does not stop by itself: %s", self.container, error)
-                    force = True
+        try:
+            await while_busy(self._stop)
+        except LxdError as error:
+            _log.info("container %s does not stop by itself: %s", self.container, error)
+            await while_busy(functools.partial(self._stop, force=True))
+
+    async def _stop(self, *, force: bool = False) -> None:
+        instance = await self.session.instance(self.container)
+        if instance is None:
+            raise OperationError("there is no such container")
+        if instance["status"] == "Stopped":
+            return
+        force = force or instance["status"] == "Frozen"
+        timeout = -1 if force else _CLEAN_SECONDS
+        stop = {"action": "stop", "force": force, "timeout": timeout}
+        await self.session.lxd_operations.run(
+            "put", "instances", self.container, "state", json=stop
+        )
 
     def report_end(self, outcome: Outcome, reason: str) -> None:
         """See Operation."""
