@@ -57,17 +57,12 @@ async def _lxd(session: Session) -> list[str]:
     for found in instances[:_CONTAINERS]:
         name = found["name"]
         try:
-            log = await session.lxd.in_thread(_container_log, session, name)
+            text = await session.lxd.in_thread(session.lxd.container_log, name)
+            log = text.splitlines()[-_LOG_LINES:]
         except LxdError as error:
             log = [f"cannot read it: {error}"]
         parts.append(_section(f"log of container {name}", log))
     return parts
-
-
-def _container_log(session: Session, name: str) -> list[str]:
-    path = ("instances", name, "logs", "lxc.log")
-    text = session.lxd.call("get", path, is_api=False).text
-    return list(text.splitlines()[-_LOG_LINES:])
 
 
 def _system() -> Iterator[str]:

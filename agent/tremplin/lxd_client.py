@@ -108,6 +108,11 @@ class LxdClient:
         except (pylxd.exceptions.ClientConnectionFailed, requests.RequestException) as error:
             raise LxdGoneError(f"LXD does not answer: {_innermost(error)}") from None
 
+    def container_log(self, container: str) -> str:
+        """The log that liblxc wrote of a container's last start; blocks. Raises LxdError."""
+        path = ("instances", container, "logs", "lxc.log")
+        return str(self.call("get", path, is_api=False).text)
+
     def internal(self, method: str, path: str, body: str) -> requests.Response:
         """The answer to a request outside of /1.0; path: what follows /internal/. Blocks.
 

@@ -8,6 +8,7 @@ import contextlib
 import os
 
 from agent.process_supervisor.client import Client, SupervisorError
+from agent.process_supervisor.protocol import socket_path
 from agent.tremplin import power_cut
 
 TYPE_CHECKING = False
@@ -55,7 +56,7 @@ def launch(options: Options) -> str:
     """
     run_dir: str = options["tremplin.run_dir"]
     lxd_dir: str = options["tremplin.lxd_dir"]
-    if not os.path.exists(f"{run_dir}/supervisor.sock"):
+    if not os.path.exists(socket_path(run_dir)):
         return "PID 1 is not ours here; waiting for an LXD that somebody else starts"
     os.makedirs(lxd_dir, mode=0o711, exist_ok=True)
     os.makedirs(options["tremplin.lxd_conf"], mode=0o700, exist_ok=True)

@@ -187,14 +187,10 @@ class Start(Operation):
         if "lxc.conf" not in str(error):
             return str(error)
         try:
-            log = await self.session.lxd.in_thread(self._read_log)
+            log = await self.session.lxd.in_thread(self.session.lxd.container_log, self.container)
         except LxdError:
             return str(error)
         return first_error(log) or str(error)
-
-    def _read_log(self) -> str:
-        path = ("instances", self.container, "logs", "lxc.log")
-        return str(self.session.lxd.call("get", path, is_api=False).text)
 
 
 def _has_no_network(error: BaseException) -> bool:
