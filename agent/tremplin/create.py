@@ -185,7 +185,7 @@ class Create(Operation):
             lambda name: is_in_progress(name) and name not in kept
         ):
             await operation.abort()
-        for instance in await self.session.lxd.get("instances", params={"recursion": "1"}):
+        for instance in await self.session.instances():
             if is_in_progress(instance["name"]) and instance["name"] not in kept:
                 await remove_container(self.session, instance["name"])
 

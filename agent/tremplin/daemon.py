@@ -107,7 +107,7 @@ async def _follow(session: Session) -> None:
 
     async def connected() -> None:
         try:
-            instances = await session.lxd.get("instances", params={"recursion": "1"})
+            instances = await session.instances()
             session.names_in_use.catch_up(instances)
             session.lifecycle.catch_up(instances)
             await session.lxd_operations.catch_up()
@@ -229,7 +229,7 @@ async def _stop_containers(session: Session) -> None:
 async def _running(session: Session) -> list[str]:
     """The containers that run; none when LXD does not say."""
     try:
-        instances = await session.lxd.get("instances", params={"recursion": "1"})
+        instances = await session.instances()
     except LxdError:
         return []
     return [found["name"] for found in instances if found["status"] == "Running"]

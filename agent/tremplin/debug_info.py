@@ -37,7 +37,7 @@ async def debug_info(session: Session) -> str:
 async def _lxd(session: Session) -> list[str]:
     server = await session.lxd.get()
     environment = server["environment"]
-    instances = await session.lxd.get("instances", params={"recursion": "1"})
+    instances = await session.instances()
     groups = await session.lxd.get("operations", params={"recursion": "1"})
     parts = [
         _section(
@@ -57,7 +57,7 @@ async def _lxd(session: Session) -> list[str]:
     for found in instances[:_CONTAINERS]:
         name = found["name"]
         try:
-            text = await session.lxd.in_thread(session.lxd.container_log, name)
+            text = await session.lxd.container_log(name)
             log = text.splitlines()[-_LOG_LINES:]
         except LxdError as error:
             log = [f"cannot read it: {error}"]

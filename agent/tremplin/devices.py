@@ -81,9 +81,7 @@ async def detach_usb(session: Session, port: int) -> None:
     """Takes the device at a port away from who has it. Raises DeviceError, LxdError."""
     name = f"{_USB_PREFIX}{port}:"
     holders = [
-        instance["name"]
-        for instance in await session.lxd.get("instances", params={"recursion": "1"})
-        if name in instance["devices"]
+        instance["name"] for instance in await session.instances() if name in instance["devices"]
     ]
     if not holders:
         raise DeviceError("no container has it")

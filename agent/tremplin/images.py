@@ -147,10 +147,7 @@ def _post_image(session: Session, source: FromFiles) -> dict[str, Any]:
             "X-LXD-properties": f"{_FILE_IMPORT}=true",
             "X-LXD-filename": os.path.basename(source.rootfs_path),
         }
-        answer = session.lxd.call("post", ("images",), data=body, headers=headers).json()
-    if not isinstance(answer, dict):
-        raise LxdError("LXD's answer is not an object")
-    return answer
+        return session.lxd.answer("post", ("images",), data=body, headers=headers)
 
 
 def _fingerprint(source: FromFiles) -> str:

@@ -98,12 +98,9 @@ class Import(Operation):
             # Whoever can write to the file may have changed it: what is sent is what counts.
             archive.architecture(head)
             headers = {"Content-Type": "application/octet-stream", "X-LXD-name": IMPORTING}
-            answer = self.session.lxd.call(
+            return self.session.lxd.answer(
                 "post", ("instances",), data=_Counted(head, file, self), headers=headers
-            ).json()
-        if not isinstance(answer, dict):
-            raise OperationError("LXD's answer is not an object")
-        return answer
+            )
 
     async def _replace(self) -> None:
         session = self.session

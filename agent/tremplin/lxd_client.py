@@ -59,6 +59,11 @@ class LxdClient:
         """The metadata of an object; path: what follows /1.0/. Raises LxdError."""
         return (await self.request("get", *path, params=params))["metadata"]
 
+    async def container_log(self, container: str) -> str:
+        """The log that liblxc wrote of a container's last start. Raises LxdError."""
+        path = ("instances", container, "logs", "lxc.log")
+        return str(await self.in_thread(lambda: self.call("get", path, is_api=False).text))
+
     async def exists(self, *path: str) -> bool:
         """Whether there is such an object. Raises LxdError."""
         try:
@@ -84,11 +89,13 @@ class LxdClient:
             arguments["json"] = json
         if params:
             arguments["params"] = params
-        return await self.in_thread(self._request, method, path, arguments)
+        return await self.in_thread(lambda: self.answer(method, path, **arguments))
 
-    def _request(
-        self, method: str, path: tuple[str, ...], arguments: dict[str, Any]
-    ) -> dict[str, Any]:
+    def answer(self, method: str, path: tuple[str, ...], **arguments: Any) -> dict[str, Any]:
+        """LXD's whole answer to a request, as request() gives it; blocks.
+
+        arguments: of the requests library. Raises LxdError.
+        """
         answer = self.call(method, path, **arguments).json()
         if not isinstance(answer, dict):
             raise LxdError("LXD's answer is not an object")
@@ -107,11 +114,6 @@ class LxdClient:
             raise LxdError(str(error)) from None
         except (pylxd.exceptions.ClientConnectionFailed, requests.RequestException) as error:
             raise LxdGoneError(f"LXD does not answer: {_innermost(error)}") from None
-
-    def container_log(self, container: str) -> str:
-        """The log that liblxc wrote of a container's last start; blocks. Raises LxdError."""
-        path = ("instances", container, "logs", "lxc.log")
-        return str(self.call("get", path, is_api=False).text)
 
     def internal(self, method: str, path: str, body: str) -> requests.Response:
         """The answer to a request outside of /1.0; path: what follows /internal/. Blocks.

@@ -122,6 +122,11 @@ class Session:
         for operation in self.begun_by(method, container):
             await operation.ended.wait()
 
+    async def instances(self) -> list[dict[str, Any]]:
+        """LXD's descriptions of all containers. Raises LxdError."""
+        found: list[dict[str, Any]] = await self.lxd.get("instances", params={"recursion": "1"})
+        return found
+
     async def instance(self, container: str) -> dict[str, Any] | None:
         """LXD's description of a container, or None. Raises LxdError."""
         try:

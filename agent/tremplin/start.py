@@ -187,7 +187,7 @@ class Start(Operation):
         if "lxc.conf" not in str(error):
             return str(error)
         try:
-            log = await self.session.lxd.in_thread(self.session.lxd.container_log, self.container)
+            log = await self.session.lxd.container_log(self.container)
         except LxdError:
             return str(error)
         return first_error(log) or str(error)
