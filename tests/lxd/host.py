@@ -213,6 +213,18 @@ class Tremplin:
         assert response.status == pb.CreateContainerResponse.CREATING, response
         return before
 
+    def begin_create_from_files(self, name: str, *, rootfs: object, metadata: object) -> int:
+        """Has a container made of an image in two files; how many reports there were before."""
+        before = len(self.host.reports)
+        response = self.call(
+            "CreateContainer",
+            container_name=name,
+            rootfs_path=str(rootfs),
+            metadata_path=str(metadata),
+        )
+        assert response.status == pb.CreateContainerResponse.CREATING, response
+        return before
+
     def end_of_create(self, name: str, after: int) -> Report:
         """The last report of a creation; after: what begin_create() gave."""
         return self.host.wait_for(

@@ -259,6 +259,11 @@ class Machine:
         """The fingerprints of LXD's images."""
         return [path.rsplit("/", 1)[1] for path in self.api.images.get().json()["metadata"]]
 
+    def is_on_disk(self, fingerprint: str) -> bool:
+        """Whether tremplin has marked an image as flushed."""
+        image = self.api.images[fingerprint].get().json()["metadata"]
+        return bool(image["properties"].get("tremplin-on-disk") == "true")
+
     def forget_images(self) -> None:
         """Makes LXD download its images again."""
         for fingerprint in self.images():

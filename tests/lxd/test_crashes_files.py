@@ -31,13 +31,8 @@ and the container has been made of it.
 
 
 def _begin(tremplin: Tremplin) -> int:
-    before = len(tremplin.host.reports)
     rootfs, metadata = tremplin.machine.image_files("big")
-    answer = tremplin.call(
-        "CreateContainer", container_name="interrupted", rootfs_path=rootfs, metadata_path=metadata
-    )
-    assert answer.status == pb.CreateContainerResponse.CREATING, answer
-    return before
+    return tremplin.begin_create_from_files("interrupted", rootfs=rootfs, metadata=metadata)
 
 
 def _end(tremplin: Tremplin, after: int) -> Report:

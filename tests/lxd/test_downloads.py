@@ -186,11 +186,6 @@ def test_name_taken_meanwhile(tremplin: Tremplin) -> None:
     assert machine.run("lxc", "config", "get", "taken", "user.mine").strip() == "yes"
 
 
-def _image_is_marked(tremplin: Tremplin, fingerprint: str) -> bool:
-    image = tremplin.machine.api.images[fingerprint].get().json()["metadata"]
-    return "tremplin-on-disk" in image["properties"]
-
-
 def test_image_there(tremplin: Tremplin) -> None:
     """What an alias was found to mean a moment ago needs no server, nor what LXD keeps of its
     index; an image that somebody has removed is downloaded again.
@@ -199,7 +194,7 @@ def test_image_there(tremplin: Tremplin) -> None:
     server = machine.new_server()
     assert tremplin.create("first", server=server).message.status == CREATION.CREATED
     (image,) = machine.images()
-    wait_until(lambda: _image_is_marked(tremplin, image), "the image on the disk")
+    wait_until(lambda: machine.is_on_disk(image), "the image on the disk")
 
     machine.run("find", machine.lxd_dir / "cache", "-name", "*.json", "-delete")
     machine.behave(down=True)
@@ -220,11 +215,7 @@ def test_broken_files(tremplin: Tremplin) -> None:
     rootfs, metadata = tremplin.machine.image_files("busybox")
 
     def create(rootfs: str) -> Report:
-        before = len(tremplin.host.reports)
-        answer = tremplin.call(
-            "CreateContainer", container_name="broken", rootfs_path=rootfs, metadata_path=metadata
-        )
-        assert answer.status == pb.CreateContainerResponse.CREATING
+        before = tremplin.begin_create_from_files("broken", rootfs=rootfs, metadata=metadata)
         return tremplin.end_of_create("broken", before)
 
     assert create("/etc/services").message.status == CREATION.FAILED

@@ -34,13 +34,7 @@ def with_nodes(tremplin: Tremplin) -> Iterator[Path]:
 def test_device_nodes(tremplin: Tremplin, with_nodes: Path) -> None:
     """They are there and cannot be opened; those that LXD gives to the container can."""
     _, metadata = tremplin.machine.image_files("busybox")
-    before = len(tremplin.host.reports)
-    tremplin.call(
-        "CreateContainer",
-        container_name="nodes",
-        rootfs_path=str(with_nodes),
-        metadata_path=metadata,
-    )
+    before = tremplin.begin_create_from_files("nodes", rootfs=with_nodes, metadata=metadata)
     created = tremplin.end_of_create("nodes", before)
     assert created.message.status == pb.ContainerCreationProgress.CREATED, created
     tremplin.start_container("nodes")

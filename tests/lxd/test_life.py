@@ -166,17 +166,8 @@ def test_from_files(tremplin: Tremplin) -> None:
     """An image in two files of the VM becomes a container and leaves no image behind."""
     tremplin.machine.forget_images()
     rootfs, metadata = tremplin.machine.image_files("busybox")
-    before = len(tremplin.host.reports)
-    response = tremplin.call(
-        "CreateContainer", container_name="files", rootfs_path=rootfs, metadata_path=metadata
-    )
-    assert response.status == pb.CreateContainerResponse.CREATING
-    end = tremplin.host.wait_for(
-        "UpdateCreateStatus",
-        container="files",
-        not_status=CREATION.DOWNLOADING,
-        after=before,
-    )
+    before = tremplin.begin_create_from_files("files", rootfs=rootfs, metadata=metadata)
+    end = tremplin.end_of_create("files", before)
     assert end.message.status == CREATION.CREATED, end
     assert tremplin.machine.containers() == {"files": "Stopped"}
     assert tremplin.machine.images() == []

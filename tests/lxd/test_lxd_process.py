@@ -167,10 +167,6 @@ def test_images_after_a_power_cut(supervised: _SupervisedTremplin) -> None:
         machine.run("lxc", "delete", "cut")
         return ended.status, ended.failure_reason
 
-    def mark(fingerprint: str) -> str:
-        image = machine.api.images[fingerprint].get().json()["metadata"]
-        return str(image["properties"].get("tremplin-on-disk", ""))
-
     server = machine.new_server()
     machine.forget_images()
     rootfs, metadata = machine.image_files("busybox")
@@ -178,7 +174,7 @@ def test_images_after_a_power_cut(supervised: _SupervisedTremplin) -> None:
     (imported,) = machine.images()
     assert create() == (CREATED, "")
     (image,) = set(machine.images()) - {imported}
-    wait_until(lambda: mark(image), "the mark of an image that is on the disk")
+    wait_until(lambda: machine.is_on_disk(image), "the mark of an image that is on the disk")
     machine.run("lxc", "image", "unset-property", image, "tremplin-on-disk")
     supervised.restart_both()
     assert not doubt.exists()

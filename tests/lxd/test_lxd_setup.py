@@ -126,10 +126,7 @@ def test_markers_in_any_metadata(
             archive.addfile(fifo)
     tmp_path.chmod(0o755)
     rootfs, _ = tremplin.machine.image_files("busybox")
-    before = len(tremplin.host.reports)
-    tremplin.call(
-        "CreateContainer", container_name="laid", rootfs_path=rootfs, metadata_path=str(packed)
-    )
+    before = tremplin.begin_create_from_files("laid", rootfs=rootfs, metadata=packed)
     created = tremplin.end_of_create("laid", before)
     assert created.message.status == pb.ContainerCreationProgress.CREATED, created
     found = _object(tremplin, "instances", "laid", "metadata")
