@@ -16,14 +16,15 @@ import struct
 
 from agent.pb import tremplin_pb2 as pb
 from agent.syscalls import setns
+from agent.tremplin.lxd_setup import NETWORK_DEVICE
 from agent.tremplin.network_namespace import visits
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from agent.tremplin.session import Session
 
-_INTERFACE = b"eth0"
-"""The one that LXD gives to containers; their own bridges have addresses too."""
+_INTERFACE = NETWORK_DEVICE.encode()
+"""A container's own bridges have addresses too."""
 
 # netdevice(7)
 _SIOCGIFCONF, _SIOCGIFADDR = 0x8912, 0x8915

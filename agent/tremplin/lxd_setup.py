@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+NETWORK_DEVICE = "eth0"
+"""The containers' network card, for LXD and inside."""
+
 _MAPPED_IDS = (655360, 665357)
 """The uids and gids that are the same in the VM and in its containers, besides 1000 and 1001."""
 _SERVER_CONFIG = {
@@ -119,7 +122,12 @@ async def _set_up_profile(session: Session) -> None:
     }
     wanted_devices = {
         "root": {"type": "disk", "path": "/", "pool": "default"},
-        "eth0": {"type": "nic", "name": "eth0", "nictype": "bridged", "parent": "lxdbr0"},
+        NETWORK_DEVICE: {
+            "type": "nic",
+            "name": NETWORK_DEVICE,
+            "nictype": "bridged",
+            "parent": "lxdbr0",
+        },
         "fuse": _device("/dev/fuse"),
         "tun": _device("/dev/net/tun"),
     }

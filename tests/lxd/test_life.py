@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import struct
 import time
@@ -71,6 +73,38 @@ def test_newer_flow(tremplin: Tremplin) -> None:
         ).status
         == pb.CreateContainerResponse.EXISTS
     )
+
+
+def test_configured_like_any_other(tremplin: Tremplin) -> None:
+    """What a creation decides in LXD's place is what LXD decides, a random address included."""
+    machine = tremplin.machine
+
+    def volatile(name: str) -> dict[str, str]:
+        found = json.loads(machine.run("lxc", "query", f"/1.0/instances/{name}"))["config"]
+        return {key: value for key, value in found.items() if key.startswith("volatile.")}
+
+    tremplin.create("ours")
+    tremplin.create("another")
+    (image,) = machine.images()
+    machine.run("lxc", "init", image, "theirs")
+    ours, another, theirs = (volatile(name) for name in ("ours", "another", "theirs"))
+    assert ours.keys() == theirs.keys()
+    once = {"volatile.uuid", "volatile.cloud-init.instance-id", "volatile.eth0.hwaddr"}
+    assert {key for key in ours if ours[key] != theirs[key]} == once
+    addresses = {found["volatile.eth0.hwaddr"] for found in (ours, another, theirs)}
+    assert len(addresses) == 3
+    assert all(re.fullmatch("00:16:3e(:[0-9a-f]{2}){3}", address) for address in addresses)
+
+    templates = {"templates": {"/etc/made": {"when": ["create"], "template": "made.tpl"}}}
+    metadata = "/1.0/instances/ours/metadata"
+    machine.run("lxc", "query", "-X", "PATCH", "-d", json.dumps(templates), metadata)
+    machine.run("lxc", "config", "template", "create", "ours", "made.tpl")
+    machine.run("sh", "-c", "echo {{ trigger }} | lxc config template edit ours made.tpl")
+    tremplin.start_container("ours")
+    assert tremplin.run_in("ours", "cat", "/etc/made").split() == ["create"]
+    assert "volatile.apply_template" not in volatile("ours")
+    inside = tremplin.run_in("ours", "cat", "/sys/class/net/eth0/address").strip()
+    assert inside == ours["volatile.eth0.hwaddr"]
 
 
 def test_names_that_somebody_else_uses(tremplin: Tremplin) -> None:
