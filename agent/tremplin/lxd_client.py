@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
 from agent.tremplin.lean_pylxd import pylxd, requests
+from agent.tremplin.lxd_http import LxdHttp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class LxdClient:
         self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="lxd")
         # It warns of each connection beyond the one that it keeps.
         logging.getLogger("urllib3").setLevel(logging.ERROR)
+        self._http = LxdHttp(self.socket_path)
         self._client: pylxd.Client | None = None
         self._lock = threading.Lock()
 
@@ -115,33 +117,29 @@ class LxdClient:
         except (pylxd.exceptions.ClientConnectionFailed, requests.RequestException) as error:
             raise LxdGoneError(f"LXD does not answer: {_innermost(error)}") from None
 
-    def internal(self, method: str, path: str, body: str) -> requests.Response:
+    def internal(self, method: str, path: str, body: dict[str, Any]) -> requests.Response:
         """The answer to a request outside of /1.0; path: what follows /internal/. Blocks.
 
         Raises LxdError.
         """
-        session = self._connected().api.session
-        url = f"http+unix://{quote(self.socket_path, safe='')}/internal/{path}"
+        url = f"{self._http.url}/internal/{path}"
         try:
-            answer: requests.Response = session.request(method, url, data=body, timeout=_SECONDS)
+            return self._http.request(method, url, json=body, timeout=_SECONDS)
         except requests.RequestException as error:
             raise LxdGoneError(f"LXD does not answer: {_innermost(error)}") from None
-        return answer
 
     def _connected(self) -> pylxd.Client:
         with self._lock:
             if self._client is None:
                 if not os.path.exists(self.socket_path):
                     raise LxdGoneError(f"LXD does not answer: there is no {self.socket_path}")
-                self._client = pylxd.Client(endpoint=self.socket_path)
-                # No proxy and no .netrc concerns a unix socket; looking for them takes a quarter of
-                # a request's time.
-                self._client.api.session.trust_env = False
+                self._client = pylxd.Client(endpoint=self.socket_path, session=self._http)
             return self._client
 
     def close(self) -> None:
-        """Lets go of the threads; requests in flight end by themselves."""
+        """Lets go of threads and connections; requests in flight end by themselves."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._http.close()
 
 
 def _innermost(error: BaseException) -> str:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -95,7 +94,7 @@ async def find_containers(session: Session) -> None:
 
 def _internal(client: LxdClient, path: str, body: dict[str, Any]) -> dict[str, Any]:
     # These calls are outside of /1.0, which is where pylxd's nodes begin.
-    answer = client.internal("post", path, json.dumps(body)).json()
+    answer = client.internal("post", path, body).json()
     if answer.get("error"):
         raise LxdError(str(answer["error"]))
     metadata = answer.get("metadata")
