@@ -53,6 +53,10 @@ class LxdClient:
         self._client: pylxd.Client | None = None
         self._lock = threading.Lock()
 
+    def container_directory(self, container: str) -> str:
+        """Where a container's files are: LXD's own link into the storage pool that it is in."""
+        return f"{self.directory}/containers/{container}"
+
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """The result of a blocking function, run in one of the threads kept for LXD."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *args)

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 CREATED = "createdByTremplin"
 SET_UP = "tremplinSetupFinished"
 
-_POOL = "storage-pools/default/containers"
 _LARGEST_METADATA = 64 * 1024
 _FIRST_PROPERTY = re.compile(r"^properties:[ ]*\n(?P<indent> +)(?=\w)", re.MULTILINE)
 
 
 async def mark(lxd: LxdClient, container: str, *markers: str) -> None:
     """Sets markers on a container. Raises LxdError."""
-    if await lxd.in_thread(_write, f"{lxd.directory}/{_POOL}/{container}/metadata.yaml", markers):
+    path = f"{lxd.container_directory(container)}/metadata.yaml"
+    if await lxd.in_thread(_write, path, markers):
         return
     # LXD merges what it is given into what is there.
     properties = dict.fromkeys(markers, "true")

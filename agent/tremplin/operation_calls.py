@@ -132,7 +132,7 @@ class OperationCalls(TremplinServicer):
                 return statuses(
                     status=statuses.RUNNING,
                     os_release=await asyncio.to_thread(
-                        read_os_release, self._session.settings.lxd_dir, name
+                        read_os_release, self._session.lxd.container_directory(name)
                     ),
                 )
             start = self._begin(Start, request, context)

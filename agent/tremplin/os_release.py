@@ -15,21 +15,22 @@ _PATHS = ("etc/os-release", "usr/lib/os-release")
 _LARGEST = 64 * 1024
 
 
-def read_os_release(lxd_dir: str, container: str) -> pb.OsRelease:
-    """The container's os-release(5), empty when it has none that can be read; blocks."""
-    root = f"{lxd_dir}/containers/{container}/rootfs"
+def read_os_release(directory: str) -> pb.OsRelease:
+    """The os-release(5) of the container whose directory it is, empty when it has none that can be
+    read; blocks.
+    """
     try:
-        directory = os.open(root, os.O_PATH | os.O_DIRECTORY)
+        root = os.open(f"{directory}/rootfs", os.O_PATH | os.O_DIRECTORY)
     except OSError:
         return pb.OsRelease()
     try:
         for path in _PATHS:
             try:
-                return parse_os_release(_read_below(directory, path))
+                return parse_os_release(_read_below(root, path))
             except OSError:
                 continue
     finally:
-        os.close(directory)
+        os.close(root)
     return pb.OsRelease()
 
 

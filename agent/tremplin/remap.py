@@ -45,8 +45,7 @@ def is_torn(session: Session, container: str, config: dict[str, str]) -> bool:
         entry["Hostid"] for entry in _map(config, _NEXT) if entry["Isuid"] and entry["Nsid"] == 0
     }
     # LXD begins with the root directory.
-    rootfs = f"{session.settings.lxd_dir}/storage-pools/default/containers/{container}/rootfs"
-    owner = os.stat(rootfs).st_uid
+    owner = os.stat(f"{session.lxd.container_directory(container)}/rootfs").st_uid
     return not _map(config, _DISK) and owner != 0 and owner in roots
 
 
@@ -125,7 +124,7 @@ async def tidy(session: Session) -> None:
 
 
 def _copied(lxd_dir: str) -> set[str]:
-    snapshots = f"{glob.escape(lxd_dir)}/storage-pools/default/containers-snapshots/*/{_COPY}"
+    snapshots = f"{glob.escape(lxd_dir)}/storage-pools/*/containers-snapshots/*/{_COPY}"
     notes = f"{glob.escape(lxd_dir)}/{_COPY}/*"
     return {path.split("/")[-2] for path in glob.glob(snapshots)} | {
         os.path.basename(path) for path in glob.glob(notes)

@@ -56,7 +56,7 @@ class Start(Operation):
             self.session.lifecycle.settle(self.container)
             set_up = await self._prepare()
             self.os_release = await asyncio.to_thread(
-                read_os_release, self.session.settings.lxd_dir, self.container
+                read_os_release, self.session.lxd.container_directory(self.container)
             )
             try:
                 await self._start()

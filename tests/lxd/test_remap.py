@@ -205,3 +205,24 @@ def test_copy_that_stayed(made: Tremplin, state: str) -> None:
     assert machine.containers() == {"ids": "Running"}
     assert made.run_in("ids", "cat", "/root/mine") == "mine\n"
     assert _owners(made) == {0}
+
+
+def test_in_another_pool(tremplin: Tremplin) -> None:
+    """A container that somebody has put into a storage pool of their own starts like any other."""
+    machine = tremplin.machine
+    tremplin.create("ours")
+    (image,) = machine.images()
+    machine.run("lxc", "storage", "create", "other", "dir")
+    machine.run("lxc", "init", image, "ids", "--storage", "other")
+    assert _start(tremplin).message.status == _STARTED
+    running = tremplin.call("StartContainer", container_name="ids")
+    assert (running.status, running.os_release.id) == (
+        pb.StartContainerResponse.RUNNING,
+        "busybox",
+    )
+    _stop(tremplin)
+    assert _start(tremplin, _START.PRIVILEGED).message.status == _STARTED
+    assert tremplin.run_in("ids", "cat", "/proc/self/uid_map").split() == ["0", "0", "4294967295"]
+    _stop(tremplin)
+    machine.run("lxc", "delete", "ids")
+    machine.run("lxc", "storage", "delete", "other")

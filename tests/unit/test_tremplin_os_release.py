@@ -35,7 +35,7 @@ def test_links_stay_inside(tmp_path: Path, root: Path, link: str | None) -> None
     (root / "usr/lib/os-release").write_text(TEXT)
     if link:
         (root / "etc/os-release").symlink_to(link)
-    assert read_os_release(str(tmp_path), "c").id == "debian"
+    assert read_os_release(f"{tmp_path}/containers/c").id == "debian"
 
 
 def test_link_out(tmp_path: Path, root: Path) -> None:
@@ -43,14 +43,14 @@ def test_link_out(tmp_path: Path, root: Path) -> None:
     secret.write_text("ID=secret\n")
     (root / "etc/os-release").symlink_to("../../../../secret")
     (root / "usr/lib/os-release").symlink_to(secret)
-    assert read_os_release(str(tmp_path), "c").id == ""
+    assert read_os_release(f"{tmp_path}/containers/c").id == ""
 
 
 def test_fifo_does_not_block(tmp_path: Path, root: Path) -> None:
     os.mkfifo(root / "etc/os-release")
     (root / "usr/lib/os-release").mkdir()
-    assert read_os_release(str(tmp_path), "c").id == ""
+    assert read_os_release(f"{tmp_path}/containers/c").id == ""
 
 
 def test_none(tmp_path: Path) -> None:
-    assert read_os_release(str(tmp_path), "c").id == ""
+    assert read_os_release(f"{tmp_path}/containers/c").id == ""
