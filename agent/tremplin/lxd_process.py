@@ -7,7 +7,8 @@ from __future__ import annotations
 import contextlib
 import os
 
-from agent.process_supervisor.client import Client, SupervisorError
+from agent.console import write_line
+from agent.process_supervisor.client import Client, Launched, SupervisorError
 from agent.process_supervisor.protocol import socket_path
 from agent.tremplin import power_cut
 
@@ -63,16 +64,28 @@ def launch(options: Options) -> str:
     with _connected(run_dir) as client:
         if not _was_launched(client):
             power_cut.put_right(lxd_dir, run_dir)
-        launched = client.launch(
-            _command(lxd_dir, run_dir),
-            name=_NAME,
-            env=environment(options),
-            respawn=True,
-            # SIGTERM would leave the containers running; the order is PID 1's to know.
-            stop_signal=_STOP_SIGNAL,
-            stop_timeout=_STOP_SECONDS,
-        )
+        launched = _launch(client, _command(lxd_dir, run_dir), environment(options))
     return "LXD is running already" if launched.existing else "LXD is being started"
+
+
+def _launch(client: Client, command: list[str], env: dict[str, str]) -> Launched:
+    while True:
+        try:
+            return client.launch(
+                command,
+                name=_NAME,
+                env=env,
+                respawn=True,
+                # SIGTERM would leave the containers running; the order is PID 1's to know.
+                stop_signal=_STOP_SIGNAL,
+                stop_timeout=_STOP_SECONDS,
+            )
+        except SupervisorError as error:
+            if error.code != "EBUSY":
+                raise
+        # By a tremplin that was killed meanwhile; PID 1 would not start many of us for that long.
+        write_line("tremplin", "waiting for the end of an LXD that is being stopped")
+        client.stop(_NAME)
 
 
 def start_again(run_dir: str) -> None:

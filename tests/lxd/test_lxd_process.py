@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -213,6 +214,27 @@ def test_tremplin_killed_while_resetting(supervised: _SupervisedTremplin) -> Non
     told = [r.message for r in supervised.host.reports[before:] if hasattr(r.message, "status")]
     ends = [message.status for message in told if message.status != LXD.RECOVERING]
     assert ends == [LXD.STARTED]
+    _works(supervised)
+
+
+def test_tremplin_started_while_lxd_is_being_stopped(supervised: _SupervisedTremplin) -> None:
+    """It waits for that end, and then starts LXD: it does not give up at each attempt."""
+    host, log = supervised.host, supervised.machine.directory / "pid1.log"
+    before, said = len(host.reports), len(log.read_text())
+    with supervised.supervisor() as client, supervised.supervisor() as stopping:
+        starts = client.info("tremplin")["starts"]
+        with ThreadPoolExecutor(1) as thread:
+            stop = thread.submit(stopping.stop, "lxd")
+            wait_until(lambda: client.info("lxd")["state"] == "stopping", "the stop")
+            client.signal("lxd", "SIGSTOP")  # it takes as long as it likes
+            client.signal("tremplin", "SIGKILL")
+            wait_until(
+                lambda: "waiting for the end of an LXD" in log.read_text()[said:], "the wait"
+            )
+            client.signal("lxd", "SIGCONT")
+            stop.result()
+        host.wait_for("TremplinReady", after=before, seconds=120)
+        assert client.info("tremplin")["starts"] == starts + 1
     _works(supervised)
 
 
