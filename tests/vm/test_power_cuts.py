@@ -81,8 +81,8 @@ def _deleting(*, later: float) -> Moment:
 _MOMENTS: dict[str, Moment] = {
     "disk mounted": _line("maitred: stateful disk"),
     "LXD starts": _line("tremplin: LXD answers"),
-    "LXD starts + 0.4": _line("tremplin: LXD answers", later=0.4),
     "bridge": _line("LXD has its bridge"),
+    "LXD starts + 0.4": _line("tremplin: LXD answers", later=0.4),
     **{f"ready + {s}": _event("TremplinReady", later=s) for s in (0.0, 0.2, 0.6)},
     "0 %": _percent(0),
     "half downloaded": _percent(50),
@@ -96,8 +96,9 @@ _MOMENTS: dict[str, Moment] = {
     **{f"user + {s}": _line("has its user", later=s) for s in (0.2, 0.5, 1.0, 1.7)},
     **{f"started + {s}": _event("UpdateStartStatus", later=s) for s in (0.0, 0.5)},
 }
-"""From the first use of the disk to a container that runs. Downloads come first: an image that was
-flushed to the disk is not downloaded again."""
+"""From the first use of the disk to a container that runs. What comes only once on a disk is early:
+the bridge, which may be there 0.4 s after LXD, and downloads, as an image that was flushed to the
+disk is not downloaded again."""
 _RISKIEST = ("LXD starts", "unpacking", "user set up")
 
 _WHEN_READY: dict[str, Moment] = {f"delete + {s}": _deleting(later=s) for s in (0.0, 0.3, 0.8, 1.5)}
